@@ -1,0 +1,55 @@
+"""A picture that follows controls, and stays a picture where no kernel runs.
+
+The picture is redrawn into an image widget. (`interact` and `Output` are avoided: they need a
+round trip through the kernel's output stream, on which notebook executors can stall.) The saved
+notebook also holds the first picture as PNG, so that a page that runs no kernel shows it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as W
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def png(figure: Figure) -> bytes:
+    """A matplotlib figure as PNG bytes, without the date and version that would make every file differ."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+class Explorable:
+    """Controls above a picture: `draw(**values)` returns a matplotlib figure for the controls' values.
+
+    controls   ipywidgets by the name of draw's argument; each must have `.value`. Sliders take the
+               arrow keys once focused (Tab), page up/down move by ten steps.
+    caption    one sentence: what to move and what to look for; it is also the picture's alternative text.
+    """
+
+    def __init__(self, draw: Callable[..., Figure], caption: str, **controls: W.Widget) -> None:
+        self.draw, self.caption, self.controls = draw, caption, controls
+        self.image = W.Image(value=self.picture(), format="png")
+        self.image.layout.max_width = "100%"
+        for control in controls.values():
+            control.observe(self._redraw, "value")
+        # A caption may quote data; ipywidgets shows Label text as text, never as HTML.
+        self.box = W.VBox([*controls.values(), self.image, W.Label(caption)])
+
+    def picture(self) -> bytes:
+        return png(self.draw(**{name: control.value for name, control in self.controls.items()}))
+
+    def _redraw(self, change: dict[str, Any]) -> None:
+        self.image.value = self.picture()
+
+    def __repr__(self) -> str:
+        return f"[explorable: {self.caption}]"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = dict(self.box._repr_mimebundle_(**kwargs) or {})
+        return bundle | {"text/plain": repr(self), "image/png": self.image.value}
