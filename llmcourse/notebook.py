@@ -67,10 +67,14 @@ class Table:
         from html import escape
 
         def line(tag: str, cells: list[str]) -> str:
-            return "<tr>" + "".join(
-                f'<{tag} style="text-align:{"right" if _is_number(c) else "left"}">{escape(c)}</{tag}>'
-                for c in cells
-            ) + "</tr>"
+            return (
+                "<tr>"
+                + "".join(
+                    f'<{tag} style="text-align:{"right" if _is_number(c) else "left"}">{escape(c)}</{tag}>'
+                    for c in cells
+                )
+                + "</tr>"
+            )
 
         body = "".join(line("td", row) for row in self.rows)
         note = f"<p><small>{escape(self.note)}</small></p>" if self.note else ""

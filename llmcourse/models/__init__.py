@@ -1,0 +1,12 @@
+"""Models: one set of blocks, read from real checkpoints.
+
+model, tokenizer = models.load()              # SmolLM2-135M-Instruct
+logits = model(torch.tensor([tokenizer.encode("The capital of France is")]))
+"""
+
+from llmcourse.models.cache import KVCache
+from llmcourse.models.config import ModelConfig, RopeScaling
+from llmcourse.models.loading import load, random_model
+from llmcourse.models.transformer import Transformer
+
+__all__ = ["KVCache", "ModelConfig", "RopeScaling", "Transformer", "load", "random_model"]

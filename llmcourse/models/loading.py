@@ -1,0 +1,112 @@
+"""`load()`: a model and its tokenizer, from the course's own asset or from a local checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llmcourse.errors import DeviceError, ModelError
+from llmcourse.models.config import ModelConfig
+from llmcourse.models.gguf_file import read_gguf
+from llmcourse.models.safetensors_folder import read_folder
+from llmcourse.models.transformer import Transformer
+from llmcourse.text.tokenizer import Tokenizer
+
+
+def load(
+    path: str | Path | None = None, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[Transformer, Tokenizer]:
+    """The model and its tokenizer, ready to run.
+
+    path     None: the course's SmolLM2-135M-Instruct (fetched once, then cached). Otherwise a GGUF
+             file of architecture llama, or a Llama/Mistral/Qwen2/Qwen3 safetensors folder.
+    device   cpu, cuda, or auto (cuda where there is one)
+    dtype    float32, bfloat16, float16, or auto (bfloat16 on cuda, float32 on cpu)
+
+    Raises ModelError, AssetError or DeviceError, each saying what came and what to try.
+    """
+    place = resolve_device(device)
+    number = resolve_dtype(dtype, place)
+    if path is None:
+        from llmcourse.assets import model_path
+
+        path = model_path()
+    path = Path(path).expanduser()
+    if path.is_dir():
+        config, state = read_folder(path)
+        tokenizer = Tokenizer.from_folder(path)
+    elif path.is_file():
+        config, state, fields = read_gguf(path)
+        tokenizer = Tokenizer.from_gguf(fields)
+    else:
+        raise ModelError(
+            f"there is no model at {path}.",
+            "A model is a .gguf file, or a folder with config.json, tokenizer.json and *.safetensors.",
+            "a path that exists; without one, the course's own model is used.",
+        )
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.rope = type(model.rope)(config)
+    check_shapes(config, model, state)
+    if config.tie_embeddings:
+        state["head.weight"] = state["embedding.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.to(place, number).eval().requires_grad_(False), tokenizer
+
+
+def random_model(
+    config: ModelConfig, *, device: str = "cpu", dtype: str | torch.dtype = "auto"
+) -> Transformer:
+    """A model of these sizes with random weights: right for timing, its text means nothing."""
+    place = resolve_device(device)
+    with torch.device(place):
+        model = Transformer(config).to(resolve_dtype(dtype, place))
+        for p in model.parameters():
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.02)
+    return model.eval().requires_grad_(False)
+
+
+def check_shapes(config: ModelConfig, model: Transformer, state: dict[str, torch.Tensor]) -> None:
+    """Name the first weight that is missing or has another shape than the sizes say."""
+    if config.tie_embeddings:
+        state.setdefault("head.weight", state.get("embedding.weight", torch.empty(0)))
+    for name, want in model.state_dict().items():
+        got = state.get(name)
+        if got is None or got.shape != want.shape:
+            found = "missing" if got is None else f"of shape {list(got.shape)}"
+            raise ModelError(
+                f"the weight {name} is {found}; the sizes of {config.name} ask for {list(want.shape)}.",
+                "The configuration and the weights do not belong together, or a file is incomplete.",
+                "downloading the checkpoint again.",
+            )
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "device 'cuda' was asked for, and PyTorch sees no NVIDIA GPU.",
+            f"This PyTorch is {torch.__version__}; a CPU build, a missing driver or no GPU all look like this.",
+            "device='cpu' (every chapter runs there), or `llmcourse doctor` to see what is missing.",
+        )
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in names:
+        raise DeviceError(
+            f"dtype {dtype!r} is not a number format that the model runs in.",
+            f"Known formats: {', '.join(names)}.",
+            "dtype='bfloat16' to halve the bytes, 'float32' for the reference.",
+        )
+    return names[dtype]
