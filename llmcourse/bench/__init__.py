@@ -1,0 +1,62 @@
+"""Benchmarks and their records.
+
+A benchmark is a module of this package with `run(device) -> (rows, notes)`. `llmcourse bench NAME`
+runs it, prints the rows and, with `--out`, writes the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llmcourse.bench.records import FOLDER, Record, all_records, new_record, recorded, save
+from llmcourse.errors import UnknownNameError
+
+BENCHMARKS = {
+    "ceilings": "copy bandwidth and matrix FLOP/s of this machine",
+    "engine_start": "notebook 00's ladder of the engine, beside transformers",
+}
+
+__all__ = ["BENCHMARKS", "FOLDER", "Record", "all_records", "command", "new_record", "recorded", "save"]
+
+
+def command(names: Sequence[str], *, device: str, out: Path | None, list_only: bool) -> int:
+    """`llmcourse bench`: run the named benchmarks (all without names) and print or keep their records."""
+    from rich.console import Console
+
+    console = Console()
+    if unknown := [n for n in names if n not in BENCHMARKS]:
+        raise UnknownNameError(
+            f"there is no benchmark called {unknown[0]!r}.",
+            f"Benchmarks: {', '.join(BENCHMARKS)}.",
+            "one of these, or none to run all.",
+        )
+    if list_only:
+        for name, text in BENCHMARKS.items():
+            console.print(f"[bold]{name}[/]: {text}")
+            for record in all_records():
+                if record.name == name:
+                    console.print(f"    {record.caption}")
+        return 0
+    from llmcourse.models.loading import resolve_device
+
+    kind = resolve_device(device).type
+    for name in names or BENCHMARKS:
+        rows, notes = import_module(f"llmcourse.bench.{name}").run(kind)
+        record = new_record(name, kind, rows, notes)
+        console.print(f"\n[bold]{name}[/]: {record.device['name']}, torch {record.versions['torch']}")
+        console.print(text_of(rows), highlight=False)
+        for note in notes:
+            console.print(f"  note: {note}", highlight=False)
+        if out is not None:
+            console.print(f"  written: {save(record, out)}", highlight=False)
+    return 0
+
+
+def text_of(rows: Sequence[dict[str, Any]]) -> str:
+    from llmcourse.notebook import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return repr(Table(columns, [[row.get(key) for key in columns] for row in rows]))

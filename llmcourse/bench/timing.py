@@ -1,0 +1,118 @@
+"""The timing protocol: the same for our code and for the code it is compared with.
+
+1. Warm up, so that compilation, handle creation and lazy loading stay out of the numbers.
+2. Peers take turns (A B A B …), so that a change of clock speed meets all of them.
+3. On a GPU: device events around each call, and the L2 cache swept before it, since in a real step the
+   inputs come from memory. Where a call takes under 50 µs, launching it takes as long as running it:
+   every peer is then captured in a CUDA graph and the replay is timed, for all or for none.
+4. Report the median of at least 20 and the spread from the 10th to the 90th percentile. A difference
+   smaller than the spread is noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llmcourse.errors import ShapeError
+
+SHORT = 50e-6
+SWEEP_BYTES = 256 << 20  # an H200's L2 is 60 MB, an H100's 50 MB
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of repeated calls of one function: median, 10th and 90th percentile, how many."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+    graph: bool = False
+
+    @classmethod
+    def of(cls, seconds: list[float], *, graph: bool = False) -> Sample:
+        ordered = sorted(seconds)
+        n = len(ordered)
+        return cls(statistics.median(ordered), ordered[n // 10], ordered[n - 1 - n // 10], n, graph)
+
+    def rate(self, amount: float) -> float:
+        """`amount` (bytes, FLOPs, tokens) per second at the median."""
+        return amount / self.median
+
+    def __str__(self) -> str:
+        unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if self.median * s >= 1 or s == 1e6)
+        return f"{self.median * scale:.3g} {unit} ({self.low * scale:.3g}–{self.high * scale:.3g}, n={self.count})"
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    device: str | torch.device = "cpu",
+    repeats: int = 20,
+    warmup: int = 3,
+    graph: bool | None = None,
+) -> dict[str, Sample]:
+    """Time functions without arguments against each other; seconds by name.
+
+    repeats   calls timed for each, at least 20 (a record with fewer is refused)
+    graph     capture in CUDA graphs: None decides by the 50 µs rule, for all functions together
+    """
+    if repeats < 20:
+        raise ShapeError(
+            f"{repeats} repeats were asked for.",
+            "A median of fewer than 20 calls moves with every hiccup of the machine.",
+            "repeats=20 or more.",
+        )
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    if torch.device(device).type != "cuda":
+        return _on_host(functions, repeats)
+    torch.cuda.synchronize()
+    samples = _on_device(functions, repeats, graph=False)
+    wanted = min(s.median for s in samples.values()) < SHORT if graph is None else graph
+    if not wanted:
+        return samples
+    return _on_device({name: _captured(f) for name, f in functions.items()}, repeats, graph=True)
+
+
+def _on_host(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Sample]:
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Sample.of(s) for name, s in seconds.items()}
+
+
+def _on_device(
+    functions: Mapping[str, Callable[[], object]], repeats: int, *, graph: bool
+) -> dict[str, Sample]:
+    sweep = torch.empty(SWEEP_BYTES, dtype=torch.int8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            sweep.zero_()
+            start.record()
+            function()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: Sample.of([a.elapsed_time(b) / 1e3 for a, b in pairs], graph=graph)
+        for name, pairs in events.items()
+    }
+
+
+def _captured(function: Callable[[], object]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
