@@ -47,11 +47,11 @@ def command(names: Sequence[str], *, device: str, out: Path | None, list_only: b
         rows, notes = import_module(f"llmcourse.bench.{name}").run(kind)
         record = new_record(name, kind, rows, notes)
         console.print(f"\n[bold]{name}[/]: {record.device['name']}, torch {record.versions['torch']}")
-        console.print(text_of(rows), highlight=False)
+        print(text_of(rows))  # not through rich, which would fold the table
         for note in notes:
-            console.print(f"  note: {note}", highlight=False)
+            print(f"  note: {note}")
         if out is not None:
-            console.print(f"  written: {save(record, out)}", highlight=False)
+            print(f"  written: {save(record, out)}")
     return 0
 
 

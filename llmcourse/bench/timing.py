@@ -45,7 +45,9 @@ class Sample:
         return amount / self.median
 
     def __str__(self) -> str:
-        unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if self.median * s >= 1 or s == 1e6)
+        unit, scale = next(
+            (u, s) for u, s in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if self.median * s >= 1 or s == 1e6
+        )
         return f"{self.median * scale:.3g} {unit} ({self.low * scale:.3g}–{self.high * scale:.3g}, n={self.count})"
 
 

@@ -100,7 +100,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         # One query a head: the Hq/Hkv queries that share a key/value head become the rows of one
         # attention problem, so that keys and values are read once for all of them.
         grouped = q.reshape(batch, k.shape[1], -1, dim)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=step.mask).view(q.shape)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=step.mask).reshape(q.shape)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=step.mask, is_causal=step.causal, enable_gqa=n_heads != k.shape[1]
     )
