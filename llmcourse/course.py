@@ -43,9 +43,13 @@ class Chapter:
 
 CHAPTERS = (
     Chapter("00", "start_here", "Start here: a model that speaks, measured", 0, "measures all", ready=True),
-    Chapter("01", "backprop", "Backpropagation, from one scalar to a trained network", 1, "memory", ready=True),
+    Chapter(
+        "01", "backprop", "Backpropagation, from one scalar to a trained network", 1, "memory", ready=True
+    ),
     Chapter("02", "activations_losses_optimizers", "Activations, losses, optimizers", 1, "cost, memory"),
-    Chapter("03", "gpu_architecture", "GPU architecture: threads, warps, occupancy", 2, "latency, throughput"),
+    Chapter(
+        "03", "gpu_architecture", "GPU architecture: threads, warps, occupancy", 2, "latency, throughput"
+    ),
     Chapter("04", "memory_hierarchy", "The memory hierarchy and the roofline", 2, "latency, throughput"),
     Chapter("05", "triton_kernels", "Triton kernels and layer fusion", 2, "latency"),
     Chapter("06", "streams_graphs_transfers", "Streams, CUDA graphs, transfers", 2, "latency"),

@@ -24,6 +24,10 @@ class ShapeError(CourseError, ValueError):
     """Tensors whose shapes do not fit together."""
 
 
+class GraphError(CourseError, RuntimeError):
+    """A gradient that the recorded graph cannot give: freed, overwritten or never recorded."""
+
+
 class DeviceError(CourseError, RuntimeError):
     """A device or number format that this machine does not have."""
 

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from llmcourse.engine import LLM, SamplingParams
+from llmcourse.models import Transformer, load
+from llmcourse.text.tokenizer import Tokenizer
 
 QUESTION = "Explain in two sentences why reading a book is slower than remembering it."
 
@@ -80,20 +85,23 @@ def ladder(device: str, rungs: Sequence[Rung] = RUNGS) -> list[tuple[Rung, dict[
 def climb(
     device: str,
     *,
-    model: Any = None,
+    model: tuple[Transformer, Tokenizer] | None = None,
     new_tokens: int = 16,
     rounds: int = 3,
     rungs: Sequence[Rung] = RUNGS,
     progress: Callable[[str], object] = lambda text: None,
 ) -> list[Row]:
-    """Measure every rung on the same prompt: one warm-up, then `rounds` rounds in which rungs take turns."""
-    loaded: dict[str, Any] = {}
+    """Measure every rung on the same prompt: one warm-up, then `rounds` rounds in which rungs take turns.
+
+    model   a float32 model and its tokenizer on `device`; None loads the course's own
+    """
+    loaded = {"float32": model or load(device=device, dtype="float32")}
     engines = []
     for rung, switches in ladder(device, rungs):
-        kind = switches.pop("dtype", "auto")
+        kind = switches.pop("dtype")
         if kind not in loaded:
-            first = LLM(model, device=device, dtype=kind)
-            loaded[kind] = (first.model, first.tokenizer)
+            original, tokenizer = loaded["float32"]
+            loaded[kind] = (deepcopy(original).to(getattr(torch, kind)), tokenizer)
         engines.append((rung, LLM(loaded[kind], **switches)))
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     tokens: dict[str, list[int]] = {}

@@ -17,10 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llmcourse import __version__
 from llmcourse.errors import UnknownNameError
 
 FOLDER = Path(__file__).parent / "records"
-VERSIONS = ("torch", "triton", "transformers", "numpy", "llmcourse")
+PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def recorded(name: str, *, device: str = "", folder: Path | None = None) -> Reco
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in VERSIONS:
+    found = {"python": platform.python_version(), "llmcourse": __version__}
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -45,10 +45,9 @@ class Sample:
         return amount / self.median
 
     def __str__(self) -> str:
-        unit, scale = next(
-            (u, s) for u, s in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if self.median * s >= 1 or s == 1e6
-        )
-        return f"{self.median * scale:.3g} {unit} ({self.low * scale:.3g}–{self.high * scale:.3g}, n={self.count})"
+        unit, scale = ("s", 1.0) if self.median >= 1 else ("ms", 1e3) if self.median >= 1e-3 else ("µs", 1e6)
+        median, low, high = (f"{x * scale:.3g}" for x in (self.median, self.low, self.high))
+        return f"{median} {unit} ({low}–{high}, n={self.count})"
 
 
 def measure(

@@ -32,7 +32,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
-            t.name: torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
+            # Unquantised tensors come as views of the mapped file: they are copied, so that it can close.
+            t.name: torch.from_numpy(np.require(dequantize(t.data, t.tensor_type), np.float32, "CWO"))
             for t in reader.tensors
         }
     except (ValueError, IndexError, KeyError, OverflowError, NotImplementedError) as error:

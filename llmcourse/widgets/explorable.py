@@ -8,6 +8,7 @@ notebook also holds the first picture as PNG, so that a page that runs no kernel
 from __future__ import annotations
 
 import io
+from base64 import b64encode
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -52,4 +53,4 @@ class Explorable:
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = dict(self.box._repr_mimebundle_(**kwargs) or {})
-        return bundle | {"text/plain": repr(self), "image/png": self.image.value}
+        return bundle | {"text/plain": repr(self), "image/png": b64encode(self.image.value).decode()}
