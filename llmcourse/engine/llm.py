@@ -150,7 +150,7 @@ class LLM:
             raise ShapeError(
                 f"a prompt of {max(map(len, ids))} tokens and {budget} new ones make {longest}.",
                 f"{self.model.config.name} was trained on contexts of {self.model.config.max_len} tokens.",
-                f"max_tokens = {max(1, self.model.config.max_len - max(map(len, ids)))}, or a shorter prompt.",
+                f"max_tokens = {max(1, self.model.config.max_len + budget - longest)}, or a shorter prompt.",
             )
         sampler = Sampler(settings)
         advance = self._cached(ids, longest) if self.kv_cache else self._uncached(ids)

@@ -91,7 +91,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             "device 'cuda' was asked for, and PyTorch sees no NVIDIA GPU.",
-            f"This PyTorch is {torch.__version__}; a CPU build, a missing driver or no GPU all look like this.",
+            f"This is PyTorch {torch.__version__}: a CPU build, no driver and no GPU all look like this.",
             "device='cpu' (every chapter runs there), or `llmcourse doctor` to see what is missing.",
         )
     return torch.device(device)

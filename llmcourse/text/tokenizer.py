@@ -63,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """From `tokenizer.json` and, for the chat format, `chat_template.jinja` or `tokenizer_config.json`."""
+        """From `tokenizer.json`; the chat format from `chat_template.jinja` or `tokenizer_config.json`."""
         from tokenizers import Tokenizer as Backend
 
         if not (folder / "tokenizer.json").is_file():

@@ -42,7 +42,7 @@ def test_the_distribution_is_the_one_transformers_warpers_give(params):
 
 @pytest.mark.parametrize("params", [CASES[0], CASES[2], CASES[4]])
 def test_draws_follow_the_distribution(params):
-    """Chi-square at a false-alarm rate of 1e-6; the same draws must reject a distribution of a third more temperature."""
+    """Chi-square, false-alarm rate 1e-6; the same draws must reject a temperature 30 % higher."""
     sampler = Sampler([params])
     n = 20_000
     counts = torch.bincount(torch.cat([sampler(LOGITS[None]) for _ in range(n)]), minlength=len(LOGITS))

@@ -78,7 +78,8 @@ def hf_checkpoint(kind: str, folder, **extra):
 
 
 def save_tokenizer(folder):
-    from tokenizers import Tokenizer, models as m, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as m
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:131]
     backend = Tokenizer(m.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
