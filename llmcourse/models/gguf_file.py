@@ -33,7 +33,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
             # Unquantised tensors come as views of the mapped file: they are copied, so that it can close.
-            t.name: torch.from_numpy(np.require(dequantize(t.data, t.tensor_type), np.float32, "CWO"))
+            t.name: torch.from_numpy(np.require(dequantize(t.data, t.tensor_type), np.float32, ["C", "W", "O"]))
             for t in reader.tensors
         }
     except (ValueError, IndexError, KeyError, OverflowError, NotImplementedError) as error:

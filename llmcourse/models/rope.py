@@ -50,9 +50,13 @@ class Rope(nn.Module):
         self.grow(length)
 
     def grow(self, length: int) -> None:
-        """Make the tables at least `length` positions long, on the device and in the type they have."""
+        """Make the tables at least `length` positions long, on the device and in the type they have.
+
+        They at least double, so that a sequence that grows a token at a time rarely rebuilds them.
+        """
         if len(self.cos) >= length:
             return
+        length = max(length, 2 * len(self.cos))
         freq = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), freq).repeat(1, 2)
         # In float32 first: bfloat16 cannot tell positions 256 and 257 apart.

@@ -103,3 +103,16 @@ def test_tokens_that_do_not_fit_are_refused_with_the_numbers(model, ids, cache, 
 def test_heads_that_cannot_be_shared_are_refused():
     with pytest.raises(ShapeError, match="32 query heads cannot share 5 key/value heads"):
         ModelConfig(100, 64, 1, 32, 5, 2, 64)
+
+
+def test_decoding_past_the_rotary_tables_rebuilds_them_once_per_doubling(monkeypatch):
+    from llmcourse.models import rope
+
+    table = rope.Rope(SMALL, 16)
+    built = []
+    frequencies = rope.frequencies
+    monkeypatch.setattr(rope, "frequencies", lambda *a: built.append(1) or frequencies(*a))
+    for length in range(1, 200):
+        table.grow(length)
+        assert len(table.cos) >= length
+    assert len(built) == 4  # 32, 64, 128, 256
