@@ -169,8 +169,9 @@ def pip(*arguments: str, doing: str) -> None:
 def pip_error(doing: str, code: int, said: list[str]) -> SetupError:
     """Say what a failed pip means: no room, no network, or something that only its own words tell."""
     everything = "\n".join(said)
+    broken = [line for line in said if any(sign in line for sign in NETWORK_SIGNS)]
     errors = [line for line in said if line.startswith("ERROR")] or said
-    last = "".join(f"\n    {line[:200]}" for line in errors[-3:])
+    last = "".join(f"\n    {line[:200]}" for line in dict.fromkeys([*broken[-1:], *errors[-2:]]))
     what = f"pip stopped with status {code} while {doing}."
     again = "then the same command again: it goes on where it stopped."
     if "No space left on device" in everything or "Errno 28" in everything or "Errno 122" in everything:
@@ -179,7 +180,7 @@ def pip_error(doing: str, code: int, said: list[str]) -> SetupError:
         return SetupError(
             what, why, "freeing some space (TMPDIR=/other/disk moves pip's scratch files), " + again
         )
-    if any(sign in everything for sign in NETWORK_SIGNS):
+    if broken:
         why = f"The package index could not be reached, or the connection broke:{last}"
         return SetupError(
             what, why, "checking the network (pip reads PIP_INDEX_URL and HTTPS_PROXY), " + again
@@ -360,7 +361,8 @@ def set_up(extras: set[str], build: str, exact_python: bool) -> None:
     torch_ready = torch_will_do(str(found.get("torch") or ""), build)
     if stamp.get("pins") == pins_digest() and extras <= had and found.get("llmcourse") and torch_ready:
         return
-    STAMP.unlink(missing_ok=True)
+    if stamp.get("pins") != pins_digest():  # from here on .venv holds neither the old pins nor the new
+        STAMP.unlink(missing_ok=True)
     forget_half_installed()
     pinned = ("-c", "constraints.txt")
     with step("installing the build tool"):

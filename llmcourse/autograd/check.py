@@ -3,7 +3,7 @@
 The central difference (f(x+h) − f(x−h)) / 2h is wrong by two things. The Taylor series leaves a
 truncation error that grows as h²; subtracting two nearly equal numbers leaves a round-off error
 that grows as ε/h, with ε = 2.2·10⁻¹⁶ in float64. Their sum is least near h = ε^⅓ ≈ 6·10⁻⁶. In
-float32 (ε = 1.2·10⁻⁷) even the best step leaves about 1 part in 10⁴, too coarse to tell a slightly
+float32 (ε = 1.2·10⁻⁷) even the best step leaves some ε^⅔ = 2·10⁻⁵, too coarse to tell a slightly
 wrong backward from a right one: so the check asks for float64.
 """
 

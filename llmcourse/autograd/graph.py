@@ -45,9 +45,8 @@ def to_networkx(tensor: Tensor) -> DiGraph:
             if isinstance(parent, Leaf):
                 column[parent] = min(column.get(parent, column[node] - 1), column[node] - 1)
     for node in order:
-        graph.add_node(
-            node, name=node.name, shape=node.shape, nbytes=node.nbytes, kind=kind(node), column=column.get(node, 0)
-        )
+        about = {"name": node.name, "shape": node.shape, "nbytes": node.nbytes, "kind": kind(node)}
+        graph.add_node(node, **about, column=column.get(node, 0))
         graph.add_edges_from((parent, node) for parent in node.parents)
     return graph
 

@@ -24,7 +24,7 @@ from time import monotonic
 from typing import Any
 
 from llmcourse.errors import DeviceError
-from llmcourse.runner.discover import Notebook
+from llmcourse.runner.discover import Notebook, refuse_to_overwrite
 from llmcourse.runner.outcome import CellError, Event, Outcome
 from llmcourse.runner.pool import Stopped, not_run
 from llmcourse.runner.supervise import execute
@@ -126,6 +126,10 @@ class _Driver:
         self.ray = ray
         self.notebooks, self.parameters, self.cell_timeout = notebooks, parameters, cell_timeout
         self.out, self.on_event = out.resolve(), on_event
+        self.out.mkdir(parents=True, exist_ok=True)
+        refuse_to_overwrite((notebook.path for notebook in notebooks), out)
+        for notebook in notebooks:  # a copy of an earlier run must not speak for this one
+            (self.out / f"{notebook.name}.ipynb").unlink(missing_ok=True)
         self.limit = jobs or len(notebooks)
         self.gpus = 1 if parameters.get("device") == "cuda" else 0
         self.outcomes: dict[int, Outcome] = {}
@@ -204,13 +208,23 @@ class _Driver:
                 index, _failed(notebook, f"{type(error).__name__}: {said[-1] if said else ''}", attempt)
             )
             return
-        path = None
+        outcome = Outcome.from_dict(plain)
         if text is not None:
-            path = self.out / f"{notebook.name}.ipynb"
-            scratch = path.with_name(f".{path.name}.part")
+            try:
+                outcome = replace(outcome, executed_path=self._keep(notebook.name, text))
+            except OSError as error:
+                outcome = _failed(notebook, f"its executed copy could not be written: {error}", attempt)
+        self._finish(index, outcome)
+
+    def _keep(self, name: str, text: str) -> Path:
+        path = self.out / f"{name}.ipynb"
+        scratch = path.with_name(f".{path.name}.part")
+        try:
             scratch.write_text(text, encoding="utf-8")
             os.replace(scratch, path)
-        self._finish(index, replace(Outcome.from_dict(plain), executed_path=path))
+        finally:
+            scratch.unlink(missing_ok=True)
+        return path
 
     def _finish(self, index: int, outcome: Outcome) -> None:
         self.outcomes[index] = outcome

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from llmcourse.errors import DiskError, NotebookError
-from llmcourse.runner.discover import discover, notebook_argument
+from llmcourse.runner.discover import discover, notebook_argument, refuse_to_overwrite
 from llmcourse.runner.outcome import Outcome
 from llmcourse.runner.pool import Stopped, places_for, run_here
 from llmcourse.runner.progress import show
@@ -33,6 +33,8 @@ def run(
     """Execute notebooks and write executed copies, `report.json` and `report.html` to `out`.
 
     `names` are chapter numbers, names or paths; none means every notebook of the notebooks folder.
+    `jobs` is how many run at once; by default as many as cores and memory allow, and one with
+    device="cuda", where notebooks would share one GPU's memory and spoil each other's times.
     `cell_timeout` is in seconds, 0 for no limit. `cluster` is the address of a running Ray cluster.
 
     Returns 0 when every notebook ran to its end. Raises NotebookError naming notebook and cell of each
@@ -47,6 +49,7 @@ def run(
             "--cell-timeout 120.",
         )
     places_for(jobs, len(notebooks))
+    refuse_to_overwrite((notebook.path for notebook in notebooks), out)
     _prepare(out)
     parameters = {"device": device, "scale": scale}
     limits: dict[str, Any] = {"jobs": jobs, "cell_timeout": cell_timeout}
@@ -54,6 +57,7 @@ def run(
     began = monotonic()
     try:
         if cluster is None:
+            limits["jobs"] = jobs or (1 if device == "cuda" else None)
             with _sigterm_is_ctrl_c(), show(len(notebooks)) as shown:
                 outcomes = run_here(notebooks, parameters=parameters, **limits, out=out, on_event=shown)
         else:

@@ -122,6 +122,17 @@ def unique_names(paths: Iterable[Path]) -> list[str]:
     return names
 
 
+def refuse_to_overwrite(paths: Iterable[Path], out: Path) -> None:
+    """Executed copies never replace their sources: raise NotebookError when `out` is a source's folder."""
+    for path in paths:
+        if path.resolve().parent == Path(out).resolve():
+            raise NotebookError(
+                f"the executed copy of {path.name} would lie where {path.name} itself lies.",
+                f"{out} is the folder of the notebook that is to be executed.",
+                "--out with another folder, such as build/run.",
+            )
+
+
 def notebook_argument(notebook: Notebook) -> str:
     """What to type to mean this notebook: its name, or its path when it is not one of the course's."""
     return notebook.name if _of_the_course(notebook.path) else os.path.relpath(notebook.path)

@@ -161,15 +161,17 @@ class CourseClient(PapermillNotebookClient):
         self, outs: list[NotebookNode], msg: dict[str, Any], display_id: str | None, cell_index: int
     ) -> NotebookNode | None:
         """Keep an output, joined to the one before when both are pieces of the same stream."""
-        size = _size(msg["content"])
-        before = self.printed.get(cell_index, 0)
-        self.printed[cell_index] = before + size
-        if before > OUTPUT_LIMIT:
-            return None
-        if before + size > OUTPUT_LIMIT:
-            self.recorder.output_cut(cell_index, OUTPUT_LIMIT)
-            os.kill(self._kernel_process().pid, signal.SIGINT)
-            return None
+        content = msg["content"]
+        room = OUTPUT_LIMIT - self.printed.get(cell_index, 0)
+        size = _size(content)
+        self.printed[cell_index] = self.printed.get(cell_index, 0) + size
+        if size > room:
+            if room >= 0:  # the first output too many; what is on its way when the interrupt lands has none
+                self.recorder.output_cut(cell_index, OUTPUT_LIMIT)
+                os.kill(self._kernel_process().pid, signal.SIGINT)
+            if room <= 0 or msg["msg_type"] != "stream":
+                return None
+            content["text"] = content["text"][:room]
         out = super().output(outs, msg, display_id, cell_index)
         if out is not None and len(outs) > 1 and out["output_type"] == "stream":
             last = outs[-2]

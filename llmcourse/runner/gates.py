@@ -299,9 +299,9 @@ def no_errors_in_outputs(page: Page) -> list[Problem]:
     for cell in page.code:
         for output in cell.outputs:
             if output.output_type == "error":
-                what = f"the output is an error, {output.ename}: {output.evalue.splitlines()[:1]}"
+                what = f"the output is an error, {output.ename}: {output.evalue.partition(chr(10))[0]}"
             elif output.output_type == "stream" and output.name == "stderr":
-                what = f"the cell wrote to stderr: {output.text.strip().splitlines()[:1]}"
+                what = f"the cell wrote to stderr: {output.text.strip().partition(chr(10))[0]}"
             elif "Traceback (most recent call last)" in json.dumps(output):
                 what = "the output holds a traceback"
             else:

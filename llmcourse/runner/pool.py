@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from llmcourse.errors import NotebookError
-from llmcourse.runner.discover import Notebook, check
+from llmcourse.runner.discover import Notebook, check, refuse_to_overwrite
 from llmcourse.runner.outcome import CellError, Event, Outcome
 from llmcourse.runner.supervise import Supervisor
 
@@ -71,6 +71,7 @@ def run_here(
     on_event: Callable[[Event], None] | None = None,
 ) -> list[Outcome]:
     """`execute_all` for notebooks that have been looked at already."""
+    refuse_to_overwrite((notebook.path for notebook in notebooks), out)
     places = places_for(jobs, len(notebooks))
     threads = max(1, core_count() // places) if places > 1 else None
     waiting = deque(enumerate(notebooks))

@@ -32,6 +32,7 @@ from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 
@@ -172,7 +173,7 @@ def _section(nb: Mapping[str, Any]) -> str:
         f'<td class="bar">{_bar(cell.seconds, longest, cell.ok)}</td></tr>'
         for cell in cells
     )
-    link = f'<a href="{escape(nb["executed"])}">executed copy</a>' if nb["executed"] else "no executed copy"
+    link = f'<a href="{quote(nb["executed"])}">executed copy</a>' if nb["executed"] else "no executed copy"
     place = f", on {escape(nb['node'])}" if nb["node"] else ""
     tried = f", attempt {nb['attempts']}" if nb["attempts"] > 1 else ""
     heads = '<th class="n">cell<th>first line<th class="n">seconds<th>'

@@ -27,6 +27,7 @@ from typing import IO, Any
 
 import psutil
 
+from llmcourse.runner.discover import refuse_to_overwrite
 from llmcourse.runner.outcome import CellError, CellRun, Event, Outcome
 from llmcourse.runner.worker import Message, Task
 
@@ -84,6 +85,7 @@ class Supervisor:
         self.path = Path(path).resolve()
         self.name = name or self.path.stem
         self.executed = Path(out).resolve() / f"{self.name}.ipynb"
+        refuse_to_overwrite([self.path], out)
         self.parameters = dict(parameters or {})
         self.cell_timeout, self.start_timeout = cell_timeout, start_timeout
         self.threads = threads
@@ -91,7 +93,7 @@ class Supervisor:
         self.used_mb = self.peak_mb = 0.0
         self.total = 0
         self.cells: list[CellRun] = []
-        self.current: Message | None = None
+        self.current: Message | None = None  # the cell that runs, or that failed last
         self.error: CellError | None = None
         self.ended = False
         self._stop = threading.Event()
@@ -99,6 +101,7 @@ class Supervisor:
         self._family: dict[int, psutil.Process] = {}
         self._heard = self._measured = monotonic()
         self._interrupted: float | None = None
+        self._ticking = False  # a cell runs, and its time counts
 
     def stop(self) -> None:
         """End the notebook now, with everything that it started."""
@@ -160,7 +163,7 @@ class Supervisor:
                 if message:
                     self._hear(message)
                 if self._stop.is_set():
-                    self.error = self._fail("stopped", "the run was stopped")
+                    self.error = self.error or self._fail("stopped", "the run was stopped")
                     break
                 self._measure()
                 if self._keep_time():
@@ -210,10 +213,10 @@ class Supervisor:
                 with suppress(psutil.NoSuchProcess):
                     self._kernel = psutil.Process(message["pid"])
             case "cell":
-                self.current = message
+                self.current, self._ticking = message, True
                 self._tell("cell", cell=message["cell"], line=message["line"], total=self.total)
             case "cell_done":
-                self.current = None if message["ok"] else self.current
+                self.current, self._ticking = None if message["ok"] else self.current, False
                 run = CellRun(
                     message["cell"],
                     message["line"],
@@ -223,7 +226,7 @@ class Supervisor:
                 self.cells.append(run)
                 self._tell("cell_done", cell=run.cell, line=run.line, seconds=run.seconds, ok=run.ok)
             case "failed":
-                self.current = None
+                self.current, self._ticking = None, False
                 if self.error is None:
                     self.error = self._explain(CellError(**message["error"]), message["exit_code"])
             case "ended":
@@ -258,7 +261,7 @@ class Supervisor:
                 self._kill_kernel()
             return late > INTERRUPT_GRACE + LOST_GRACE
         waited = now - self._heard
-        if self.current is not None:
+        if self._ticking:
             if self.cell_timeout and waited > self.cell_timeout:
                 self.error = self._fail("timeout", f"it took more than {self.cell_timeout:g} s")
                 self._interrupted = now
@@ -293,7 +296,8 @@ class Supervisor:
         if self.ended:
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(LOST_GRACE)
-        worker.stdin.close()  # the worker's sign to kill its kernel and end
+        with suppress(BrokenPipeError):
+            worker.stdin.close()  # the worker's sign to kill its kernel and end
         try:
             worker.wait(LOST_GRACE)
         except subprocess.TimeoutExpired:
@@ -312,11 +316,12 @@ class Supervisor:
 
 
 def _listen(channel: IO[bytes], inbox: Queue[Message | None]) -> None:
-    for line in channel:
-        try:
-            inbox.put(json.loads(line))
-        except ValueError:
-            break  # cut off in the middle: the worker died while it wrote
+    with channel:
+        for line in channel:
+            try:
+                inbox.put(json.loads(line))
+            except ValueError:
+                break  # cut off in the middle: the worker died while it wrote
     inbox.put(None)
 
 

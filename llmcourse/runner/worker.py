@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -223,7 +224,7 @@ def main() -> None:
     # jsonschema would spend a second on a grammar for internationalised URLs, which no notebook needs.
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     task: Task = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    threading.Thread(target=_end_with_the_run, args=(task["scratch"],), daemon=True).start()
     _offer_to_the_oom_killer()
     work(task, say)
     say({"kind": "ended", "peak_mb": _peak_mb()})
@@ -242,11 +243,13 @@ def _speaker() -> Callable[[Message], None]:
     return say
 
 
-def _end_with_the_run() -> None:
+def _end_with_the_run(scratch: str) -> None:
     while os.read(0, 1):  # not sys.stdin: its lock, held here, would stall the interpreter's shutdown
         pass
     for child in psutil.Process().children(recursive=True):
-        child.kill()
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    shutil.rmtree(scratch, ignore_errors=True)  # a run that was killed cannot do it
     os._exit(1)
 
 

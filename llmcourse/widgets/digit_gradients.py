@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE = 8
-RIGHT, OTHER = "#0072B2", "#BBBBBB"  # Okabe & Ito's blue, and grey
+RIGHT, WRONG, OTHER = "#0072B2", "#D55E00", "#BBBBBB"  # Okabe & Ito's blue and vermilion, and grey
 CAPTION = (
     "Move the slider (arrow keys once it has the focus): a held-out digit, the class probabilities, "
     "and the gradient of the loss for each pixel."
@@ -44,8 +44,8 @@ def read_digit(model: MLP, pixels: np.ndarray, label: int) -> tuple[np.ndarray, 
     return logits.detach().softmax().data[0], x.grad[0]
 
 
-def digit_gradients(model: MLP, digits: Digits) -> Explorable:
-    """An explorable of `model` on the held-out images of `digits`."""
+def digit_gradients(model: MLP, digits: Digits, image: int = 0) -> Explorable:
+    """An explorable of `model` on the held-out images of `digits`, opened at number `image`."""
 
     def draw(image: int) -> Figure:
         from matplotlib.figure import Figure
@@ -59,23 +59,25 @@ def digit_gradients(model: MLP, digits: Digits) -> Explorable:
         _influence(influence, gradient)
         return figure
 
-    slider = W.IntSlider(value=0, min=0, max=len(digits.x_test) - 1, description="test image")
+    slider = W.IntSlider(value=image, min=0, max=len(digits.x_test) - 1, description="test image")
     return Explorable(draw, CAPTION, image=slider)
 
 
 def _ink(ax: Axes, pixels: np.ndarray, label: int) -> None:
     ax.imshow(pixels.reshape(SIDE, SIDE), cmap="Greys", vmin=0, vmax=1)
     ax.set_title(f"a {label}, as written", fontsize=10)
-    ax.set(xticks=[], yticks=[])
+    _frame(ax)
 
 
 def _bars(ax: Axes, probabilities: np.ndarray, label: int) -> None:
     classes = np.arange(len(probabilities))
-    bars = ax.bar(classes, probabilities, color=[RIGHT if c == label else OTHER for c in classes])
     read = int(probabilities.argmax())
+    colors = [RIGHT if c == label else WRONG if c == read else OTHER for c in classes]
+    bars = ax.bar(classes, probabilities, color=colors)
     ax.bar_label(bars, [f"{p:.0%}" if p >= 0.005 else "" for p in probabilities], fontsize=8)
     ax.set_title(f"read as {read}: {'right' if read == label else 'wrong'}", fontsize=10)
-    ax.set(xticks=classes, ylim=(0, 1.12), ylabel="probability", xlabel="class (blue: the right one)")
+    ax.set(xticks=classes, ylim=(0, 1.12), ylabel="probability", xlabel="class (the right one is bold)")
+    ax.get_xticklabels()[label].set_fontweight("bold")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -86,4 +88,9 @@ def _influence(ax: Axes, gradient: np.ndarray) -> None:
     bar.set_label("nats for full ink", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     ax.set_title("d loss / d pixel", fontsize=10)
+    _frame(ax)
+
+
+def _frame(ax: Axes) -> None:
     ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from base64 import b64encode
 from collections.abc import Callable
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
@@ -39,8 +40,9 @@ class Explorable:
         self.image.layout.max_width = "100%"
         for control in controls.values():
             control.observe(self._redraw, "value")
-        # A caption may quote data; ipywidgets shows Label text as text, never as HTML.
-        self.box = W.VBox([*controls.values(), self.image, W.Label(caption)])
+        self.image.layout.align_self = "flex-start"  # the box would stretch it
+        # HTML rather than Label, which cuts a long line; a caption may quote data, hence the escape.
+        self.box = W.VBox([*controls.values(), self.image, W.HTML(escape(caption))])
 
     def picture(self) -> bytes:
         return png(self.draw(**{name: control.value for name, control in self.controls.items()}))

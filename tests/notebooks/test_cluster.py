@@ -17,17 +17,22 @@ from notebook_maker import printed, write_notebook
 from llmcourse.cli import main
 from llmcourse.errors import NetworkError
 from llmcourse.runner.connect import connect, why_no_cluster
-from llmcourse.runner.discover import check
-from llmcourse.runner.outcome import Event
 
-WAIT_FOR = (
-    "import time\nfrom pathlib import Path\nend = time.time() + 60\n"
-    "while not Path({0!r}).exists():\n    assert time.time() < end\n    time.sleep(0.1)"
-)
+WRITE_DOWN_WHERE = """import os, time
+from pathlib import Path
+import llmcourse
+with open({name!r}, "a") as file:
+    file.write(os.environ["RAY_RAYLET_PID"] + "\\n")
+print(scale, llmcourse.__file__)"""
+WAIT = """end = time.time() + 90
+while not Path({go!r}).exists():
+    assert time.time() < end
+    time.sleep(0.1)"""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    """Two nodes, each with one core to give."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -46,55 +51,48 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_both_nodes_execute_and_results_come_back(
+def test_both_nodes_execute_and_what_ran_on_a_node_that_dies_runs_once_more(
     cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    here = "from pathlib import Path\nPath({0!r}).touch()"
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    say = "import llmcourse\nprint(scale, llmcourse.__file__)"
-    write_notebook(tmp_path / "first.ipynb", here.format(one), WAIT_FOR.format(two), say)  # they meet, so
-    write_notebook(tmp_path / "second.ipynb", here.format(two), WAIT_FOR.format(one), "1 / 0")  # run at once
-    assert main(["run", "first.ipynb", "second.ipynb", "--out", "out", "--cluster", cluster.address]) == 1
+    doomed, go = cluster.list_all_nodes()[-1], tmp_path / "go"
+    places = {name: tmp_path / f"{name}.places" for name in ("first", "second")}
+    for name, place in places.items():
+        cells = WRITE_DOWN_WHERE.format(name=str(place)), WAIT.format(go=str(go)), "1 / 0"
+        write_notebook(tmp_path / f"{name}.ipynb", *(cells if name == "second" else cells[:2]))
+
+    def kill_a_node_once_both_run() -> None:
+        end = time.monotonic() + 90
+        while not all(place.exists() for place in places.values()) and time.monotonic() < end:
+            time.sleep(0.1)
+        cluster.remove_node(doomed, allow_graceful=False)
+        go.touch()
+
+    killer = threading.Thread(target=kill_a_node_once_both_run)
+    killer.start()
+    status = main(["run", "first.ipynb", "second.ipynb", "--out", "out", "--cluster", cluster.address])
+    killer.join()
+
     said = capsys.readouterr()
+    assert status == 1
+    assert "running it once more" in said.out
     assert "first: ok in" in said.out
     assert "NotebookError: 1 of 2 notebooks failed." in said.err
     assert "second: cell 5 (`1 / 0`): ZeroDivisionError" in said.err
 
-    report = json.loads(Path("out/report.json").read_text())
-    nodes = {notebook["node"] for notebook in report["notebooks"]}
-    assert len(nodes) == 2
-    assert all(socket.gethostname() in node for node in nodes)
+    ran = {name: place.read_text().split() for name, place in places.items()}
+    assert ran["first"][0] != ran["second"][0]  # both nodes executed something
+    assert sorted(len(nodes) for nodes in ran.values()) == [1, 2]
+    assert ran["first"][-1] == ran["second"][-1]  # in the end, on the node that lived
+
+    first, second = json.loads(Path("out/report.json").read_text())["notebooks"]
+    assert sorted([first["attempts"], second["attempts"]]) == [1, 2]
+    assert first["node"] == second["node"]
+    assert doomed.node_id[:8] not in first["node"]
     scale, package = printed(Path("out/first.ipynb")).split()
     assert scale == "ci"
     assert "py_modules_files" in package  # the code that was sent, not what the node happens to have
     assert Path("out/second.ipynb").is_file()
-
-
-@pytest.mark.slow
-def test_a_notebook_whose_node_dies_runs_once_more_on_another(cluster: Any, tmp_path: Path) -> None:
-    from llmcourse.runner.cluster import run_on_cluster
-
-    doomed = cluster.list_all_nodes()[-1]
-    go, events = tmp_path / "go", list[Event]()
-
-    def on_event(event: Event) -> None:
-        events.append(event)
-        started = [e for e in events if e.kind == "started"]
-        if len(started) == 2 and not go.exists():
-            go.touch()
-            threading.Thread(target=cluster.remove_node, args=(doomed, False)).start()
-
-    wait = f"{WAIT_FOR.format(str(go))}\ntime.sleep(3)"
-    notebooks = check([write_notebook(tmp_path / f"{name}.ipynb", wait) for name in "ab"])
-    began = time.monotonic()
-    with connect(cluster.address):
-        outcomes = run_on_cluster(notebooks, parameters={}, out=tmp_path, on_event=on_event)
-    assert [o.error for o in outcomes] == [None, None]
-    assert sorted(o.attempts for o in outcomes) == [1, 2]
-    assert all(doomed.node_id[:8] not in o.node for o in outcomes)
-    assert any(e.kind == "note" and "once more" in e.message for e in events)
-    assert time.monotonic() - began < 60
 
 
 # ── addresses ────────────────────────────────────────────────────────────────────────────────────

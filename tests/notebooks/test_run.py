@@ -172,6 +172,16 @@ def test_numbers_count_the_cells_of_the_source_without_a_parameters_cell_too(tmp
     assert str(outcome.error) == "cell 3 (`1 / 0`): ZeroDivisionError: division by zero"
 
 
+def test_an_executed_copy_never_replaces_its_source(course: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = course / "notebooks" / "01_backprop.ipynb"
+    before = source.read_bytes()
+    assert main(["run", "01", "--out", "notebooks"]) == 1
+    assert "would lie where 01_backprop.ipynb itself lies" in capsys.readouterr().err
+    with pytest.raises(NotebookError):
+        execute(source, course / "notebooks")
+    assert source.read_bytes() == before
+
+
 # ── several at once ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -240,6 +250,8 @@ def test_jobs_are_bounded_by_notebooks_and_must_be_positive() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_takes_its_kernels_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     write_notebook(
         tmp_path / "slow.ipynb",
         "import os\nopen('pid', 'w').write(str(os.getpid()))",
@@ -248,7 +260,7 @@ def test_a_run_that_is_stopped_takes_its_kernels_with_it(tmp_path: Path, number:
     run = subprocess.Popen(
         [sys.executable, "-m", "llmcourse.cli", "run", "slow.ipynb", "--out", "out"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(scratch)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -259,6 +271,7 @@ def test_a_run_that_is_stopped_takes_its_kernels_with_it(tmp_path: Path, number:
         run.send_signal(number)
         _, said = run.communicate(timeout=20)
         wait_until(lambda: not alive(kernel))
+        wait_until(lambda: not list(scratch.glob("llmcourse-*")))
     finally:
         run.kill()
     if number is signal.SIGKILL:

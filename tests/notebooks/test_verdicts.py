@@ -11,7 +11,7 @@ from copy import deepcopy
 
 import pytest
 
-from llmcourse.runner import canonical
+from llmcourse.runner import canonical, maintain, pool
 from llmcourse.runner.compare import Difference, compare
 from llmcourse.runner.page import verdict_cells
 
@@ -26,8 +26,12 @@ def run(notebook, executed):
     return outcome, canonical.read(notebook), canonical.read(outcome.executed_path)
 
 
-def test_the_notebook_runs_within_a_minute(run):
+def test_the_notebook_runs_within_a_minute(run, notebook, tmp_path):
+    """On two cores of its own. Other tests share them here, so a slow run has a second try alone."""
     outcome, _, _ = run
+    if outcome.seconds >= SECONDS:
+        with maintain.steady(tmp_path):
+            outcome = pool.execute_all([notebook], parameters=maintain.STORED, out=tmp_path)[0]
     slow = sorted(outcome.cells, key=lambda cell: -cell.seconds)[:3]
     assert outcome.seconds < SECONDS, f"slowest: {[(cell.line, round(cell.seconds, 1)) for cell in slow]}"
 

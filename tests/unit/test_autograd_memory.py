@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from llmcourse.autograd import Function, Tensor, apply, cross_entropy, no_grad, saved_bytes
+from llmcourse.autograd.memory import traced_peak
 from llmcourse.autograd.nn import MLP, sgd_step
-from llmcourse.autograd.peer import torch_saved_bytes
+from llmcourse.autograd.peer import bytes_kept, torch_bytes_kept, torch_saved_bytes
 
 N = 1000  # elements of 8 bytes
 VECTOR = np.random.default_rng(0).uniform(0.5, 2.0, N)
@@ -198,3 +199,31 @@ def test_a_step_before_a_retained_backward_is_noticed() -> None:
     sgd_step(model.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="version"):
         loss.backward()
+
+
+def test_one_operation_is_put_to_both_engines() -> None:
+    def scaled(a, b):
+        return a.exp() * b
+
+    assert bytes_kept(scaled, VECTOR, VECTOR) == torch_bytes_kept(scaled, VECTOR, VECTOR) == 16 * N
+
+
+def test_the_traced_peak_is_the_most_that_was_allocated_at_one_time() -> None:
+    def run() -> int:
+        for _ in range(3):
+            np.ones(100 * N)  # freed before the next one
+        return 7
+
+    peak, result = traced_peak(run)
+    assert result == 7
+    assert 800 * N <= peak < 1000 * N
+    assert not tracemalloc.is_tracing()
+
+
+@pytest.mark.parametrize("depth", [2, 5, 9])
+def test_inference_holds_three_results_however_deep_the_network(depth: int) -> None:
+    unit = 4 * 256 * 256
+    model, x = MLP([256] * (depth + 1)), Tensor(np.ones((256, 256), np.float32))
+    with no_grad():
+        peak, _ = traced_peak(lambda: model(x))
+    assert round(peak / unit) == 3

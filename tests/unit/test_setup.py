@@ -304,6 +304,14 @@ def test_a_further_extra_keeps_the_ones_there_are(fake: Fake) -> None:
     assert not any("torch" in call for call in fake.calls())
 
 
+def test_an_extra_that_could_not_be_added_leaves_the_rest_ready(fake: Fake) -> None:
+    fake.set_up("--extras", "notebook")
+    fake.tell("fail", "ERROR: no")
+    assert fake.set_up("--extras", "test").returncode == 1
+    assert fake.set_up("--extras", "notebook").returncode == 0
+    assert fake.calls() == []
+
+
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
 def test_a_changed_pin_installs_again(fake: Fake, name: str) -> None:
     fake.set_up()
@@ -396,7 +404,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # ── bootstrap, with real virtual environments ────────────────────────────────────────────────────
 
 
-def test_a_broken_or_half_made_venv_is_mended_or_rebuilt_and_a_good_one_kept(
+def test_a_venv_whose_python_is_gone_is_rebuilt_and_one_without_pip_is_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool = load_tool("bootstrap")
@@ -411,37 +419,55 @@ def test_a_broken_or_half_made_venv_is_mended_or_rebuilt_and_a_good_one_kept(
         assert found["pip"] is True
         return capsys.readouterr().out
 
-    assert "there is none yet" in ensured()
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to("/no/such/python")
+    assert "its Python does not run" in ensured()
     (venv / "kept").touch()
     assert ensured() == ""
-
-    shutil.rmtree(next(venv.glob("lib/python3*/site-packages")) / "pip")
+    (next(venv.glob("lib/python3*/site-packages")) / "pip" / "_internal" / "cli" / "main.py").unlink()
     assert "putting pip back" in ensured()
     assert (venv / "kept").exists()
 
-    (venv / "stamp.json").write_text('{"root": "/elsewhere"}')
-    assert "the clone was moved" in ensured()
-    assert not (venv / "kept").exists()
 
-    (venv / "bin" / "python").unlink()
-    (venv / "bin" / "python").symlink_to("/no/such/python")
-    assert "its Python does not run" in ensured()
+class RebuildError(Exception):
+    """Raised in place of a rebuild."""
 
 
-def test_another_python_asked_for_by_name_rebuilds(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    class RebuildError(Exception): ...
+@pytest.fixture
+def tool(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The bootstrap of a clone whose .venv is in order, which raises where it would rebuild it."""
 
     def rebuild() -> None:
         raise RebuildError
 
     tool = load_tool("bootstrap")
     monkeypatch.setattr(tool, "VENV", fake.venv)
+    monkeypatch.setattr(tool, "STAMP", fake.venv / "stamp.json")
     monkeypatch.setattr(tool, "remove_venv", rebuild)
-    other = "3.13" if sys.version_info[:2] != (3, 13) else "3.12"
-    write_script(fake.venv / "bin" / "python", f'echo \'{{"python": "{other}", "pip": true}}\'\n')
     tool.ensure_venv(exact_python=False)
+    return tool
+
+
+def test_a_venv_of_a_clone_that_was_moved_is_rebuilt(tool: ModuleType, fake: Fake) -> None:
+    fake.tell("stamp.json", '{"root": "/elsewhere"}')
     with pytest.raises(RebuildError):
-        tool.ensure_venv(exact_python=True)
+        tool.ensure_venv(exact_python=False)
+
+
+@pytest.mark.parametrize(("version", "by_name"), [("3.10", False), ("3.13", True)])
+def test_a_venv_of_another_python_is_rebuilt_if_too_old_or_asked_for_by_name(
+    version: str, by_name: bool, tool: ModuleType, fake: Fake
+) -> None:
+    if version == "{}.{}".format(*sys.version_info[:2]):
+        version = "3.12"
+    write_script(fake.venv / "bin" / "python", f'echo \'{{"python": "{version}", "pip": true}}\'\n')
+    with pytest.raises(RebuildError):
+        tool.ensure_venv(exact_python=by_name)
+
+
+def test_a_venv_of_another_python_in_range_is_kept(tool: ModuleType, fake: Fake) -> None:
+    write_script(fake.venv / "bin" / "python", 'echo \'{"python": "3.13", "pip": true}\'\n')
+    tool.ensure_venv(exact_python=False)
 
 
 # ── what else a clone needs ──────────────────────────────────────────────────────────────────────
@@ -457,6 +483,25 @@ def test_ci_runs_make_test_and_nothing_less() -> None:
     positions = [recipe.index(step) for step in steps]
     assert positions == sorted(positions)
     assert "--extras notebook,cluster,test" in recipe
+
+
+@pytest.mark.parametrize("browser", [None, "chromium"])
+def test_ci_installs_a_browser_where_there_is_none(browser: str | None, tmp_path: Path) -> None:
+    tools, notes = tmp_path / "bin", tmp_path / "notes"
+    for name in ("bash", "dirname", "env"):
+        tools.mkdir(exist_ok=True)
+        (tools / name).symlink_to(str(shutil.which(name)))
+    for name in ("apt-get", "make", *([browser] if browser else [])):
+        write_script(tools / name, f'echo "{name} $*" >> "{notes}"\n')
+    write_script(tools / "id", "echo 0\n")
+    bash = str(shutil.which("bash"))
+    done = subprocess.run(
+        [bash, ROOT / ".ci" / "run"], env={"PATH": str(tools)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line.split()[:2] for line in notes.read_text().splitlines()]
+    install = [] if browser else [["apt-get", "update"], ["apt-get", "install"]]
+    assert said == [*install, ["make", "test"]]
 
 
 def test_code_and_prose_have_their_licences() -> None:
