@@ -1,9 +1,11 @@
-"""Write constraints.txt: `.venv/bin/python tools/lock.py` (for maintainers, after changing a pin).
+"""Write constraints.txt (for maintainers, after changing a pin).
+
+    .venv/bin/python tools/lock.py           afresh, with Python 3.11 and PyTorch's CPU build
+    .venv/bin/python tools/lock.py --add     then with 3.12 and 3.13: adds what only they need
 
 pyproject.toml pins what the course names itself; this file pins all that those packages bring along,
-read from the environment it runs in. It holds what one platform needs (Linux, CPU build of PyTorch):
-elsewhere pip adds the few packages of that platform, such as the CUDA libraries, whose versions
-PyTorch pins itself.
+read from the environment it runs in. Left out are the packages of another platform, such as PyTorch's
+CUDA libraries: pip adds them there, mostly at versions that PyTorch pins itself.
 """
 
 import re
@@ -18,10 +20,11 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("notebook", "cluster", "test")
+ELSEWHERE = re.compile(r"(nvidia|cuda)-|(colorama|pywinpty|appnope)$")
 
 HEADER = """\
 # Every package of the course's environment, at the version that it was tested with.
-# Written by tools/lock.py from a fresh set-up of [notebook,cluster,test] on Linux; not edited by hand.
+# Written by tools/lock.py from set-ups of [notebook,cluster,test] on Linux; not edited by hand.
 """
 
 
@@ -58,16 +61,33 @@ def closure(wanted: Iterable[Requirement]) -> dict[str, str]:
 
 
 def parse(text: str) -> dict[str, str]:
-    """Canonical name → version of the `name==version` lines of a constraints file."""
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", text, re.MULTILINE)
-    return {str(canonicalize_name(name)): version for name, version in pins}
+    """Canonical name → version of the lines of a constraints file that apply to this Python."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    pins = [pin for pin in map(Requirement, lines) if not pin.marker or pin.marker.evaluate()]
+    return {str(canonicalize_name(pin.name)): str(pin.specifier).removeprefix("==") for pin in pins}
+
+
+def unlocked(pins: dict[str, str], needed: dict[str, str]) -> dict[str, str]:
+    """What this environment needs and the lock does not hold, the packages of other platforms aside."""
+    return {n: v for n, v in needed.items() if n not in pins and not ELSEWHERE.match(n)}
 
 
 def main() -> int:
-    pins = closure(direct_requirements())
-    text = HEADER + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))
-    (ROOT / "constraints.txt").write_text(text, encoding="utf-8")
-    print(f"constraints.txt: {len(pins)} packages")
+    target = ROOT / "constraints.txt"
+    needed = closure(direct_requirements())
+    if "--add" in sys.argv[1:]:
+        text = target.read_text(encoding="utf-8")
+        pins = parse(text)
+        if wrong := {n: (v, pins[n]) for n, v in needed.items() if pins.get(n, v) != v}:
+            print(f"installed and locked versions differ: {wrong}", file=sys.stderr)
+            return 1
+        only_here = f"; python_version == '{sys.version_info.major}.{sys.version_info.minor}'"
+        lines = text.removeprefix(HEADER).splitlines()
+        lines += [f"{name}=={version}{only_here}" for name, version in unlocked(pins, needed).items()]
+    else:
+        lines = [f"{name}=={version}" for name, version in needed.items()]
+    target.write_text(HEADER + "".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
+    print(f"constraints.txt: {len(lines)} packages")
     return 0
 
 
