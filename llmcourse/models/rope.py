@@ -31,13 +31,16 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, H, S, D] by the angles whose cos and sin [B, 1, S, D] are given (each half repeated)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Turn the pairs of x [B, H, S, D] by the angles whose cos and sin [B, 1, S, D] are given.
+
+    With the halves a and b of a head, (a, b) becomes (a·cos − b·sin, b·cos + a·sin). Rolling x by half its
+    width gives (b, a), and the minus stands in the table: sin is (−sin, sin).
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Rope(nn.Module):
-    """Tables of cos and sin for positions 0 … T−1; they grow when a longer sequence comes."""
+    """Tables of cos and sin for positions 0 … T−1, [T, D]; they grow when a longer sequence comes."""
 
     cos: Tensor
     sin: Tensor
@@ -58,10 +61,11 @@ class Rope(nn.Module):
             return
         length = max(length, 2 * len(self.cos))
         freq = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), freq).repeat(1, 2)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), freq)
         # In float32 first: bfloat16 cannot tell positions 256 and 257 apart.
-        self.cos = angles.cos().to(self.cos.device, self.cos.dtype)
-        self.sin = angles.sin().to(self.sin.device, self.sin.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        self.cos = torch.cat((cos, cos), dim=1).to(self.cos.device, self.cos.dtype)
+        self.sin = torch.cat((-sin, sin), dim=1).to(self.sin.device, self.sin.dtype)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for positions [B, S], each [B, 1, S, D]."""

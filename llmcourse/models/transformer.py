@@ -61,31 +61,34 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.head_dim, self.n_kv, self.sizes = config.head_dim, config.n_kv_heads, [q, kv, kv]
         self.qkv = nn.Linear(config.d_model, q + 2 * kv, bias=config.qkv_bias)
         self.out = nn.Linear(q, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.sizes = [q, kv, kv]
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.fused = True
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, E] → q [B, Hq, S, D], k and v [B, Hkv, S, D]."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, E] → queries and keys together [B, Hq + Hkv, S, D], and values [B, Hkv, S, D]."""
         if self.fused:
-            parts: tuple[Tensor, ...] = self.qkv(x).split(self.sizes, dim=-1)
-        else:
-            weights = self.qkv.weight.split(self.sizes)
-            biases = self.qkv.bias.split(self.sizes) if self.config.qkv_bias else (None, None, None)
-            parts = tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-        batch, length, _ = x.shape
-        q, k, v = (p.view(batch, length, -1, self.config.head_dim).transpose(1, 2) for p in parts)
-        return q, k, v
+            heads = self.split_heads(self.qkv(x))
+            return heads[:, : -self.n_kv], heads[:, -self.n_kv :]
+        weights = self.qkv.weight.split(self.sizes)
+        biases = self.qkv.bias.split(self.sizes) if self.qkv.bias is not None else (None, None, None)
+        q, k, v = (self.split_heads(F.linear(x, w, b)) for w, b in zip(weights, biases, strict=True))
+        return torch.cat((q, k), dim=1), v
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, S, H·D] → [B, H, S, D]."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, step: Step, cache: KVCache | None, layer: int) -> Tensor:
-        q, k, v = self.project(x)
-        q = rotate(self.q_norm(q), step.cos, step.sin)
-        k = rotate(self.k_norm(k), step.cos, step.sin)
+        qk, v = self.project(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, : -self.n_kv]), self.k_norm(qk[:, -self.n_kv :])), dim=1)
+        qk = rotate(qk, step.cos, step.sin)  # queries and keys of a position turn by the same angles
+        q, k = qk[:, : -self.n_kv], qk[:, -self.n_kv :]
         if cache is not None and step.start is not None:
             k, v = cache.write(layer, k, v, step.start)
         elif cache is not None:

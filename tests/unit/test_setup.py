@@ -200,6 +200,7 @@ class Fake:
     def __init__(self, clone: Path) -> None:
         self.clone, self.venv = clone, clone / ".venv"
         write_script(self.venv / "bin" / "python", FAKE_PYTHON)
+        write_script(clone / "bin" / "nvidia-smi", "exit 9\n")  # hides a real one, if there is a GPU
         self.version = load_tool("bootstrap").torch_pin()
         self.tell("index", f"torch (9)\nAvailable versions: 9, {self.version}+cpu, {self.version}")
 
