@@ -7,7 +7,7 @@ that brings a new optimisation adds its rung to `RUNGS` and nothing else.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from llmcourse.engine import LLM, SamplingParams
+from llmcourse.engine.timing import dollars_per_million_tokens
 from llmcourse.models import Transformer, load
+from llmcourse.notebook import Table
 from llmcourse.text.tokenizer import Tokenizer
 
 QUESTION = "Explain in two sentences why reading a book is slower than remembering it."
@@ -138,3 +140,23 @@ def _row(rung: Rung, llm: LLM, timings: list[Any], tokens: list[int], naive: lis
         same_tokens=same,
         rounds=len(timings),
     )
+
+
+def table(rows: Sequence[Mapping[str, Any]], dollars_per_hour: float, *, note: str = "") -> Table:
+    """The rows of a ladder, live (`asdict(row)`) or recorded, for a reader."""
+    heads = ["optimisation", "chapter", "TTFT ms", "TPOT ms", "tokens/s", "MB", "GB/s", "$/M", "same tokens"]
+    lines = [
+        [
+            row["name"],
+            row["chapter"],
+            f"{row['ttft_ms']:.0f}",
+            f"{row['tpot_ms']:.1f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['bytes_per_s'] / 1e9:.0f}",
+            f"{dollars_per_million_tokens(row['tokens_per_s'], dollars_per_hour):.2f}",
+            f"{row['same_tokens']} of {row['new_tokens']}",
+        ]
+        for row in rows
+    ]
+    return Table(heads, lines, note=note)

@@ -32,9 +32,10 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
-            # Unquantised tensors come as views of the mapped file: they are copied, so that it can close.
-            t.name: torch.from_numpy(np.require(dequantize(t.data, t.tensor_type), np.float32, ["C", "W", "O"]))
+            # An unquantised tensor is a view of the mapped file, not writeable: that one is copied.
+            t.name: torch.from_numpy(array if array.flags.writeable else array.copy())
             for t in reader.tensors
+            for array in [dequantize(t.data, t.tensor_type).astype(np.float32, copy=False)]
         }
     except (ValueError, IndexError, KeyError, OverflowError, NotImplementedError) as error:
         raise ModelError(
