@@ -106,11 +106,14 @@ def test_a_python_out_of_range_is_told_so(version: tuple[int, int, int]) -> None
     assert "Python {}.{}.{}".format(*version) in done.stderr
 
 
-@pytest.mark.parametrize("name", ["python3.8", "python3.9", "python3.10"])
-def test_a_real_older_python_is_told_so(name: str) -> None:
-    python = shutil.which(name)
-    if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
-        pytest.skip(f"no {name} here")
+def older_pythons() -> list[str]:
+    """Interpreters below 3.11 that this machine really has; a launcher may be there and not run."""
+    found = filter(None, map(shutil.which, ("python3.8", "python3.9", "python3.10")))
+    return [p for p in found if subprocess.run([p, "-c", ""], capture_output=True).returncode == 0]
+
+
+@pytest.mark.parametrize("python", older_pythons())
+def test_a_real_older_python_is_told_so(python: str) -> None:
     done = subprocess.run([python, "tools/bootstrap.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert_three_parts(done.stderr, "PythonError")
