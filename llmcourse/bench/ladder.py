@@ -25,7 +25,8 @@ QUESTION = "Explain in two sentences why reading a book is slower than rememberi
 
 @dataclass(frozen=True)
 class Rung:
-    """One more optimisation. `switches` are `LLM`'s constructor arguments, `batch` the prompts at once.
+    """One more optimisation. `switches` are `LLM`'s constructor arguments, `batch` the prompts at once,
+    `needs` the only device that has it (cpu or cuda; empty: both).
 
     The switches of a rung include those of the rungs below it (see `ladder`).
     """
@@ -34,16 +35,17 @@ class Rung:
     chapter: str
     switches: dict[str, Any] = field(default_factory=dict)
     batch: int = 1
-    needs: str = "cpu"
+    needs: str = ""
 
 
 RUNGS: tuple[Rung, ...] = (
     Rung("naive: whole prefix every token", "07", {
-        "dtype": "float32", "kv_cache": False, "fused": False, "cuda_graphs": False,
+        "dtype": "float32", "kv_cache": False, "fused": False, "packed": False, "cuda_graphs": False,
     }),
     Rung("+ KV cache", "18", {"kv_cache": True}),
     Rung("+ bfloat16 weights", "12", {"dtype": "bfloat16"}),
     Rung("+ fused projections", "05", {"fused": True}),
+    Rung("+ packed weights", "04", {"packed": True}, needs="cpu"),
     Rung("+ CUDA graphs", "06", {"cuda_graphs": True}, needs="cuda"),
     Rung("+ batch of 8", "20", {}, batch=8),
 )  # fmt: skip
@@ -79,7 +81,7 @@ def ladder(device: str, rungs: Sequence[Rung] = RUNGS) -> list[tuple[Rung, dict[
     steps = []
     for rung in rungs:
         switches = switches | rung.switches
-        if rung.needs in ("cpu", device):
+        if rung.needs in ("", device):
             steps.append((rung, dict(switches)))
     return steps
 

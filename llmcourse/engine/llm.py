@@ -55,6 +55,7 @@ class LLM:
     device       cpu, cuda or auto;  dtype  float32, bfloat16, float16 or auto
     kv_cache     off: every step runs the whole prefix again (the naive way)
     fused        off: Q, K, V and gate, up as separate matrix products
+    packed       off: on a CPU, bfloat16 weights are rearranged at every use (see `models.linear`)
     cuda_graphs  None: on where there is a GPU
     """
 
@@ -66,6 +67,7 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         kv_cache: bool = True,
         fused: bool = True,
+        packed: bool = True,
         cuda_graphs: bool | None = None,
     ) -> None:
         if isinstance(model, tuple):
@@ -73,7 +75,7 @@ class LLM:
         else:
             self.model, self.tokenizer = load(model, device=device, dtype=dtype)
         self.kv_cache = kv_cache
-        self.fused = fused
+        self.fused, self.packed = fused, packed
         on_gpu = self.model.device.type == "cuda"
         self.cuda_graphs = (on_gpu if cuda_graphs is None else cuda_graphs and on_gpu) and kv_cache
         self._decoders: dict[tuple[int, int], GraphDecoder] = {}
@@ -143,7 +145,7 @@ class LLM:
     @torch.inference_mode()
     def _steps(self, ids: list[list[int]], settings: list[SamplingParams]) -> Iterator[list[int]]:
         """The tokens of each step, for all sequences, until the longest answer is full."""
-        self.model.fuse(self.fused)
+        self.model.fuse(self.fused).pack(self.packed)
         budget = max(s.max_tokens for s in settings)
         longest = max(map(len, ids)) + budget
         if longest > self.model.config.max_len:

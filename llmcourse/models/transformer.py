@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmcourse.errors import ShapeError
 from llmcourse.models.cache import KVCache
 from llmcourse.models.config import ModelConfig
+from llmcourse.models.linear import Linear, linear
 from llmcourse.models.rope import Rope, rotate
 
 
@@ -63,8 +64,8 @@ class Attention(nn.Module):
         super().__init__()
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.head_dim, self.n_kv, self.sizes = config.head_dim, config.n_kv_heads, [q, kv, kv]
-        self.qkv = nn.Linear(config.d_model, q + 2 * kv, bias=config.qkv_bias)
-        self.out = nn.Linear(q, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, q + 2 * kv, bias=config.qkv_bias)
+        self.out = Linear(q, config.d_model, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.fused = True
@@ -76,7 +77,7 @@ class Attention(nn.Module):
             return heads[:, : -self.n_kv], heads[:, -self.n_kv :]
         weights = self.qkv.weight.split(self.sizes)
         biases = self.qkv.bias.split(self.sizes) if self.qkv.bias is not None else (None, None, None)
-        q, k, v = (self.split_heads(F.linear(x, w, b)) for w, b in zip(weights, biases, strict=True))
+        q, k, v = (self.split_heads(linear(x, w, b)) for w, b in zip(weights, biases, strict=True))
         return torch.cat((q, k), dim=1), v
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -114,15 +115,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = Linear(config.d_ff, config.d_model, bias=False)
         self.fused = True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             gate, up = self.gate_up(x).chunk(2, dim=-1)
         else:
-            gate, up = (F.linear(x, w) for w in self.gate_up.weight.chunk(2))
+            gate, up = (linear(x, w) for w in self.gate_up.weight.chunk(2))
         return self.down(F.silu(gate) * up)
 
 
@@ -152,7 +153,7 @@ class Transformer(nn.Module):
         self.rope = Rope(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -173,6 +174,13 @@ class Transformer(nn.Module):
         """Run Q/K/V, and gate/up, as one matrix product each (on) or apart (off). Same weights."""
         for block in self.blocks:
             block.attention.fused = block.mlp.fused = on  # type: ignore[union-attr]
+        return self
+
+    def pack(self, on: bool = True) -> Transformer:
+        """On a CPU, keep bfloat16 weights a second time in the layout that oneDNN reads fastest (on)."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.packed = on
         return self
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:

@@ -118,3 +118,7 @@ def test_bfloat16_stays_close_to_float32_on_the_real_model(smol, gguf_path):
         a, b = smol[0](ids).float().log_softmax(-1), half(ids).float().log_softmax(-1)
     kl = (a.exp() * (a - b)).sum(-1).max()
     assert kl < 0.02
+    # Packed weights are the same numbers in another order.
+    llm, params = LLM((half, tokenizer)), SamplingParams(max_tokens=8, ignore_eos=True)
+    plain = LLM((half, tokenizer), packed=False)
+    assert llm.generate(PROMPTS, params)[1].tokens == plain.generate(PROMPTS, params)[1].tokens
