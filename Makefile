@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help start test doctor clean
+.PHONY: help start test test-gpu doctor clean
 
 PYTHON ?=
 TORCH ?= auto
@@ -17,6 +17,7 @@ make start    set up .venv, fetch the model, hear it speak, open JupyterLab
                 PORT=8890  JupyterLab's port             PYTHON=python3.12  the Python of .venv
                 TORCH=cpu or cuda  PyTorch's build (default: what this machine needs)
 make test     set up, then run all that CI runs: ruff, mypy, pytest
+make test-gpu the tests that need an NVIDIA GPU
 make doctor   what this machine can do for the course
 make clean    remove .venv and build results (the downloaded model stays in your cache folder)
 endef
@@ -52,6 +53,7 @@ doctor:
 	$(set_up)
 	@.venv/bin/llmcourse doctor
 
+# Tests that execute notebooks come second and alone: they use both cores themselves, and are timed.
 test: EXTRAS := notebook,cluster,test
 test:
 	$(set_up)
@@ -59,7 +61,14 @@ test:
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/notebooks --ignore tests/browser
+	.venv/bin/python -m pytest tests/notebooks tests/browser
+
+test-gpu: EXTRAS := notebook,cluster,test
+test-gpu:
+	$(set_up)
+	.venv/bin/llmcourse assets fetch
+	.venv/bin/python -m pytest tests/gpu
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

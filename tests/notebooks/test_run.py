@@ -153,7 +153,7 @@ def test_widgets_that_capture_output_do_not_stall(tmp_path: Path) -> None:
         *[f"W.interact(lambda x: print({i} * x), x=(0, 10));" for i in range(10)],
         *[output.format(i) for i in range(50)],
     )
-    outcome = execute(path, tmp_path / "out", cell_timeout=20)
+    outcome = execute(path, tmp_path / "out", cell_timeout=60)
     assert outcome.ok, outcome.error
     assert len(outcome.cells) == 62
     assert max(cell.seconds for cell in outcome.cells) < 5
@@ -266,7 +266,7 @@ def test_a_run_that_is_stopped_takes_its_kernels_with_it(tmp_path: Path, number:
         kernel = int((tmp_path / "pid").read_text())
         assert alive(kernel)
         run.send_signal(number)
-        _, said = run.communicate(timeout=20)
+        _, said = run.communicate(timeout=60)
         wait_until(lambda: not alive(kernel))
         wait_until(lambda: not list(scratch.glob("llmcourse-*")))
     finally:
