@@ -1,8 +1,9 @@
 """The two ceilings of a machine: bytes copied per second and matrix FLOPs per second.
 
-Nothing that reads its data from memory runs faster than the copy; nothing made of matrix products runs
-faster than a large product. Both are measured, not taken from a data sheet, and stand beside every
-figure of the course.
+What moves its data through a GPU's memory runs at most about as fast as a large copy, and what is made of
+matrix products at most about as fast as a large product. On a CPU the copy is a yardstick only: code that
+reads and does not write can go beyond it. Both are measured, not taken from a data sheet, and stand
+beside the figures of the course.
 """
 
 from __future__ import annotations
