@@ -8,10 +8,8 @@ store   run the notebooks at scale `ci` on the CPU and keep the outputs; nothing
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -58,7 +56,7 @@ def store(paths: Sequence[Path]) -> int:
     from llmcourse.runner.pool import execute_all
 
     stored = {path: canonical.read(path) for path in paths}
-    with tempfile.TemporaryDirectory() as scratch, steady(Path(scratch)):
+    with tempfile.TemporaryDirectory() as scratch:
         outcomes = execute_all(paths, parameters=STORED, out=Path(scratch) / "run")
         failed = [outcome for outcome in outcomes if not outcome.ok or outcome.executed_path is None]
         if failed:
@@ -98,25 +96,6 @@ def with_outputs(stored: NotebookNode, executed: NotebookNode) -> NotebookNode:
     for cell, fresh in zip(code, ran, strict=True):
         cell.outputs, cell.execution_count = fresh.outputs, fresh.execution_count
     return nb
-
-
-@contextmanager
-def steady(scratch: Path) -> Iterator[None]:
-    """Run notebooks so that the outputs are those of any other run: no hash seed, no learner's progress."""
-    settings = {
-        "PYTHONHASHSEED": "0",
-        "LLMCOURSE_PROGRESS": str(scratch / "progress.json"),
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _is_setup(cell: NotebookNode) -> bool:

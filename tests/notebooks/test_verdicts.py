@@ -27,11 +27,10 @@ def run(notebook, executed):
 
 
 def test_the_notebook_runs_within_a_minute(run, notebook, tmp_path):
-    """On two cores of its own. Other tests share them here, so a slow run has a second try alone."""
+    """On two cores of its own. Another notebook shares them at first: a slow run has a second try, alone."""
     outcome, _, _ = run
     if outcome.seconds >= SECONDS:
-        with maintain.steady(tmp_path):
-            outcome = pool.execute_all([notebook], parameters=maintain.STORED, out=tmp_path)[0]
+        outcome = pool.execute_all([notebook], parameters=maintain.STORED, out=tmp_path)[0]
     slow = sorted(outcome.cells, key=lambda cell: -cell.seconds)[:3]
     assert outcome.seconds < SECONDS, f"slowest: {[(cell.line, round(cell.seconds, 1)) for cell in slow]}"
 
