@@ -1,0 +1,237 @@
+"""One call of a learner's function, and everything that a judge wants to know about it.
+
+The same code runs in the learner's notebook and in the sandboxed process of a submission. It hands
+over copies of the arguments, each array between guard bands; it counts what was asked for; it notes
+which arguments were written to; and it rebuilds the result from its numbers (see `plain`).
+
+**Guard bands.** An array argument is a window in a larger buffer whose rest is NaN (for integers, the
+largest one). Reading past its end brings NaN into the result; writing past it is seen afterwards.
+
+**Not implemented.** A function that raises NotImplementedError was not written yet: a state of its own.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from llmcourse.grading.plain import NotPlainError, between, is_tensor, layout, plain
+
+GUARD = 64  # elements on each side
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a learner's function raised. `line` is the line of the function's own cell, 0 if unknown."""
+
+    kind: str
+    message: str
+    line: int = 0
+    source: str = ""
+    trace: str = ""
+
+
+@dataclass
+class Call:
+    """One call: what went in, what came out.
+
+    changed, overrun   positions of the arguments that were written to, and past whose ends was written
+    grads              with `grads=True`: the gradient of each floating tensor argument, None for others
+    costs              counted during the call, by the counters' own names
+    """
+
+    args: tuple[Any, ...]
+    value: Any = None
+    error: Failure | None = None
+    changed: tuple[int, ...] = ()
+    overrun: tuple[int, ...] = ()
+    grads: tuple[Any, ...] | None = None
+    costs: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def as_plain(self) -> dict[str, Any]:
+        """All but the arguments, as plain data."""
+        error = None if self.error is None else dict(vars(self.error))
+        return {
+            "value": self.value,
+            "error": error,
+            "changed": self.changed,
+            "overrun": self.overrun,
+            "grads": self.grads,
+            "costs": self.costs,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_plain(cls, found: dict[str, Any], args: tuple[Any, ...]) -> Call:
+        """The call that another process made with `args`. Raises TypeError, KeyError or ValueError
+        for anything that `as_plain` cannot have made."""
+        error = found["error"]
+        positions = [tuple(int(i) for i in found[name]) for name in ("changed", "overrun")]
+        if any(not 0 <= i < len(args) for i in (*positions[0], *positions[1])):
+            raise ValueError("no such argument")
+        grads = found["grads"]
+        if grads is not None and (not isinstance(grads, tuple) or len(grads) != len(args)):
+            raise ValueError("one gradient for each argument")
+        return cls(
+            args,
+            found["value"],
+            None if error is None else Failure(*_failure_fields(error)),
+            positions[0],
+            positions[1],
+            grads,
+            {str(name): int(count) for name, count in found["costs"].items()},
+            float(found["seconds"]),
+        )
+
+
+def _failure_fields(error: dict[str, Any]) -> tuple[str, str, int, str, str]:
+    kind, message, source, trace = (str(error[k])[:4000] for k in ("kind", "message", "source", "trace"))
+    return kind, message, int(error["line"]), source, trace
+
+
+def perform(
+    fn: Callable[..., Any], args: Sequence[Any], watch: Sequence[str] = (), grads: bool = False
+) -> Call:
+    """Call `fn` on copies of `args`. Nothing that `fn` raises comes out of here, but an interrupt.
+
+    watch   names of counters (see `cost`)
+    grads   the arguments' floating tensors ask for a gradient, and the result (or the sum of several
+            results) is sent backward with a gradient of ones; both passes are counted
+    """
+    given = [Handed(a, grads) for a in args]
+    call = Call(tuple(args))
+    began = perf_counter()
+    try:
+        with ExitStack() as counting, np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            counts = [counting.enter_context(c) for c in _counters(watch, given)]
+            result = fn(*(g.value for g in given))
+            if grads:
+                _backward(result)
+        call.seconds = perf_counter() - began
+        for count in counts:
+            call.costs.update({name: int(n) for name, n in count.values.items()})
+        call.value = plain(result)
+        if grads:
+            call.grads = tuple(g.gradient() for g in given)
+    except NotPlainError as error:
+        call.error = Failure("NotPlainError", error.what, trace=str(error))
+    except KeyboardInterrupt:
+        raise  # the learner stops the check
+    except BaseException as error:
+        call.error = failure(error, fn)
+    call.seconds = call.seconds or perf_counter() - began
+    call.changed = tuple(i for i, g in enumerate(given) if g.changed())
+    call.overrun = tuple(i for i, g in enumerate(given) if g.overrun())
+    return call
+
+
+class Handed:
+    """An argument as the learner's function gets it: a copy, guarded if it is an array."""
+
+    def __init__(self, original: Any, grads: bool = False) -> None:
+        self.before = original
+        self.buffer: Any = None
+        if isinstance(original, np.ndarray) and original.ndim:
+            self.buffer, self.value = guarded(original)
+            self.bands = self.buffer[:GUARD].copy(), self.buffer[-GUARD:].copy()
+        elif is_tensor(original):
+            self.value = original.detach().clone()
+            if grads and original.is_floating_point():
+                self.value.requires_grad_()
+        else:
+            self.value = original if callable(original) else plain(original, "an argument")
+
+    def changed(self) -> bool:
+        if isinstance(self.before, np.ndarray):
+            return not _same_bytes(self.before, self.value)
+        if is_tensor(self.before):
+            return self.value.shape != self.before.shape or not _same_tensor(self.before, self.value)
+        return not callable(self.before) and not _same(self.before, self.value)
+
+    def overrun(self) -> bool:
+        if self.buffer is None:
+            return False
+        head, tail = self.bands
+        return not (_same_bytes(head, self.buffer[:GUARD]) and _same_bytes(tail, self.buffer[-GUARD:]))
+
+    def gradient(self) -> Any:
+        grad = getattr(self.value, "grad", None) if is_tensor(self.value) else None
+        return None if grad is None else plain(grad, "a gradient")
+
+
+def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A buffer, and a window in it that holds a copy of `array` in the same layout."""
+    order = layout(array)
+    step = 2 if order == "gaps" else 1
+    buffer = np.full(array.size * step + 2 * GUARD, between(array.dtype), array.dtype)
+    inside = buffer[GUARD : GUARD + array.size * step]
+    if order == "F":
+        window = inside.reshape(array.shape[::-1]).T
+    elif order == "gaps":
+        window = inside.reshape(*array.shape[:-1], array.shape[-1] * 2)[..., ::2]
+    else:
+        window = inside.reshape(array.shape)
+    window[...] = array
+    return buffer, window
+
+
+def failure(error: BaseException, fn: Callable[..., Any] | None = None) -> Failure:
+    """What was raised, and the last line of the learner's own code on the way there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = getattr(getattr(fn, "__code__", None), "co_filename", None)
+    mine = [f for f in frames if f.filename == own] or frames[1:] or frames
+    line, source = (mine[-1].lineno or 0, mine[-1].line or "") if mine else (0, "")
+    try:
+        message = str(error)
+    except BaseException:  # an exception of the learner's own can raise here too
+        message = ""
+    kind = type(error).__name__
+    trace = "".join(traceback.format_list(frames[1:][-12:])) + f"{kind}: {message}"
+    return Failure(kind, message[:2000], line, source[:300], trace[-4000:])
+
+
+def _backward(result: Any) -> None:
+    results = [r for r in (result if isinstance(result, list | tuple) else [result]) if is_tensor(r)]
+    total = sum(r.float().sum() for r in results if r.is_floating_point())
+    if is_tensor(total) and total.requires_grad:
+        total.backward()
+
+
+def _counters(watch: Sequence[str], given: Sequence[Handed]) -> list[Any]:
+    if not watch:
+        return []
+    from llmcourse.grading.cost import counter
+
+    arguments = [g.value for g in given]
+    return [counter(name)(arguments=arguments) for name in watch]
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal to the bit, so that a NaN equals itself."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _same_tensor(a: Any, b: Any) -> bool:
+    import torch
+
+    raw_a, raw_b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return bool(torch.equal(raw_a, raw_b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+    if isinstance(a, np.ndarray | np.generic):
+        return _same_bytes(np.asarray(a), np.asarray(b))
+    return bool(a == b) or (a != a and b != b)

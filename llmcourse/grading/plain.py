@@ -1,0 +1,290 @@
+"""The values that may pass between a learner's code and its judge: plain data, and nothing that runs.
+
+    None, bool, int, float, complex, str, bytes, list, tuple, dict, NumPy arrays and scalars, torch tensors
+
+A learner's object could compare equal to everything, or answer differently each time it is asked. So
+what a function returns is rebuilt here from its numbers, and an object of any other type is refused by
+name. Between processes the same values travel as JSON with the arrays' bytes behind it: unpacking them
+calls nothing that the sender could choose (pickle would).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmcourse.errors import CourseError
+
+MAX_DEPTH = 40
+MAX_INT_BITS = 4096
+MAX_ELEMENTS = 2_000_000  # of lists, tuples and dicts, in all
+MAX_BYTES = 256_000_000
+KINDS = "biufc"  # NumPy's bool, int, unsigned, float, complex
+
+CallableId = Callable[[Callable[..., Any]], int]
+MakeCallable = Callable[[int], Callable[..., Any]]
+
+
+class NotPlainError(CourseError, TypeError):
+    """A value that cannot be judged, or bytes that hold none."""
+
+
+def plain(value: Any, where: str = "the result") -> Any:
+    """`value` rebuilt from exact built-in types, base NumPy arrays and torch tensors.
+
+    Raises NotPlainError for anything else, naming the type and where it was found.
+    """
+    return _Rebuild(where).value(value)
+
+
+class _Rebuild:
+    def __init__(self, where: str) -> None:
+        self.where, self.elements = where, 0
+
+    def value(self, v: Any, depth: int = 0) -> Any:
+        kind = type(v)
+        if v is None or kind in (bool, float, complex):
+            return v
+        if kind in (str, bytes):
+            self._room(len(v), MAX_BYTES)
+            return v
+        if kind is int:
+            self._room(v.bit_length(), MAX_INT_BITS)
+            return v
+        if depth > MAX_DEPTH:
+            raise self._refuse(v, f"It is nested more than {MAX_DEPTH} deep.")
+        if kind in (list, tuple):
+            self._count(len(v))
+            return kind([self.value(item, depth + 1) for item in v])
+        if kind is dict:
+            self._count(len(v))
+            return {self._key(k): self.value(item, depth + 1) for k, item in v.items()}
+        if isinstance(v, np.generic):
+            return self._scalar(v)
+        if isinstance(v, np.ndarray):
+            return self._array(v)
+        if is_tensor(v):
+            return self._tensor(v)
+        raise self._refuse(v, "Only numbers, text, lists, tuples, dicts, arrays and tensors can be compared.")
+
+    def _key(self, key: Any) -> Any:
+        if type(key) in (str, int, bool) or key is None:
+            return self.value(key)
+        if type(key) is tuple:
+            return tuple(self._key(part) for part in key)
+        if isinstance(key, np.integer):
+            return int(key)
+        raise self._refuse(key, "It is the key of a dict, and keys can be text, integers or tuples of them.")
+
+    def _scalar(self, v: Any) -> Any:
+        if v.dtype.kind not in KINDS:
+            raise self._refuse(v, f"Its number format, {v.dtype}, is not numeric.")
+        return np.dtype(v.dtype).type(v)
+
+    def _array(self, v: Any) -> np.ndarray:
+        base = np.array(np.ndarray.view(v, np.ndarray), copy=True, subok=False, order="K")
+        if base.dtype.kind not in KINDS:
+            raise self._refuse(v, f"It is an array of {base.dtype}, which holds no numbers.")
+        self._room(base.nbytes, MAX_BYTES)
+        return base
+
+    def _tensor(self, v: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            base = torch.Tensor.detach(v)
+            if type(base) is not torch.Tensor or base.layout != torch.strided or base.is_meta:
+                raise self._refuse(v, "Only ordinary (strided) tensors with data can be compared.")
+            self._room(base.numel() * base.element_size(), MAX_BYTES)
+            return base.to("cpu", copy=True)
+
+    def _count(self, more: int) -> None:
+        self.elements += more
+        self._room(self.elements, MAX_ELEMENTS)
+
+    def _room(self, size: int, limit: int) -> None:
+        if size > limit:
+            raise NotPlainError(
+                f"{self.where} is too large to be judged ({size:,}, and at most {limit:,} are taken).",
+                "A right answer to this exercise is far smaller.",
+                "returning only what the exercise asks for.",
+            )
+
+    def _refuse(self, v: Any, why: str) -> NotPlainError:
+        kind = type(v)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        return NotPlainError(f"{self.where} holds a {name}.", why, "np.asarray(…) on numbers of your own.")
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a torch tensor; torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+# ── between processes ────────────────────────────────────────────────────────────────────────────
+# A message is: length of the head (8 bytes), the head (JSON), the buffers one after another.
+# In the head every value is a JSON scalar or a list [tag, …].
+
+
+def pack(message: Any, callable_id: CallableId | None = None) -> bytes:
+    """Plain `message` as bytes. A function is sent as a number, where `callable_id` gives it one."""
+    buffers: list[bytes] = []
+
+    def keep(data: bytes) -> int:
+        buffers.append(data)
+        return len(data)
+
+    def head(v: Any) -> Any:
+        kind = type(v)
+        if v is None or kind in (bool, int, str):
+            return v
+        if kind is float:
+            return v if math.isfinite(v) else ["f", repr(v)]
+        if kind is complex:
+            return ["c", head(v.real), head(v.imag)]
+        if kind is bytes:
+            return ["b", keep(v)]
+        if kind is list:
+            return ["l", *map(head, v)]
+        if kind is tuple:
+            return ["t", *map(head, v)]
+        if kind is dict:
+            return ["d", *([head(k), head(item)] for k, item in v.items())]
+        if isinstance(v, np.generic):
+            return ["n", v.dtype.str, keep(v.tobytes())]
+        if isinstance(v, np.ndarray):
+            return ["a", v.dtype.str, list(v.shape), layout(v), keep(v.tobytes(order="C"))]
+        if is_tensor(v):
+            import torch
+
+            raw = v.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return ["T", str(v.dtype).removeprefix("torch."), list(v.shape), v.requires_grad, keep(raw)]
+        if callable_id is not None and callable(v):
+            return ["F", callable_id(v)]
+        raise NotPlainError(
+            f"a {kind.__name__} cannot be sent.", "Only plain data travels.", "plain(value) first."
+        )
+
+    text = json.dumps(head(message), allow_nan=False).encode("utf-8", "surrogatepass")
+    return b"".join([struct.pack("<Q", len(text)), text, *buffers])
+
+
+def unpack(data: bytes, make_callable: MakeCallable | None = None) -> Any:
+    """The message that `pack` made. `data` may come from anybody.
+
+    Raises NotPlainError for bytes that `pack` cannot have made.
+    """
+    try:
+        return _Unpack(data, make_callable).message()
+    except NotPlainError:
+        raise
+    except Exception as error:
+        raise _broken(f"{type(error).__name__}: {str(error)[:200]}") from None
+
+
+class _Unpack:
+    def __init__(self, data: bytes, make_callable: MakeCallable | None) -> None:
+        (size,) = struct.unpack_from("<Q", data)
+        if size > len(data) - 8:
+            raise _broken("the head is cut off")
+        self.data, self.at, self.make_callable = data, 8 + size, make_callable
+        self.head = json.loads(data[8 : 8 + size].decode("utf-8", "surrogatepass"))
+
+    def message(self) -> Any:
+        value = self.value(self.head)
+        if self.at != len(self.data):
+            raise _broken("there are bytes left over")
+        return value
+
+    def take(self, size: int) -> bytes:
+        if type(size) is not int or not 0 <= size <= len(self.data) - self.at:
+            raise _broken("a buffer is cut off")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def value(self, h: Any) -> Any:
+        if not isinstance(h, list):
+            if isinstance(h, dict):
+                raise _broken("a JSON object where none can be")
+            return h
+        tag, rest = h[0], h[1:]
+        match tag:
+            case "f":
+                return float(rest[0])
+            case "c":
+                return complex(self.value(rest[0]), self.value(rest[1]))
+            case "b":
+                return self.take(rest[0])
+            case "l":
+                return [self.value(item) for item in rest]
+            case "t":
+                return tuple(self.value(item) for item in rest)
+            case "d":
+                return {self.value(k): self.value(item) for k, item in rest}
+            case "n":
+                return np.frombuffer(self.take(rest[1]), _dtype(rest[0]))[0]
+            case "a":
+                return self.array(*rest)
+            case "T":
+                return self.tensor(*rest)
+            case "F" if self.make_callable is not None:
+                return self.make_callable(rest[0])
+        raise _broken(f"an unknown tag {str(tag)[:20]!r}")
+
+    def array(self, dtype: str, shape: list[int], order: str, size: int) -> np.ndarray:
+        flat = np.frombuffer(self.take(size), _dtype(dtype))
+        return laid_out(flat.reshape([int(n) for n in shape]), order)
+
+    def tensor(self, dtype: str, shape: list[int], requires_grad: bool, size: int) -> Any:
+        import torch
+
+        kind = getattr(torch, dtype)
+        if not isinstance(kind, torch.dtype):
+            raise _broken(f"torch has no number format {dtype!r}")
+        raw = torch.frombuffer(bytearray(self.take(size)), dtype=torch.uint8) if size else torch.empty(0)
+        tensor = raw.view(kind) if size else torch.empty(0, dtype=kind)
+        return tensor.reshape([int(n) for n in shape]).requires_grad_(bool(requires_grad))
+
+
+def layout(array: np.ndarray) -> str:
+    """How an array lies in memory: `C` or `F` contiguous, or with `gaps`."""
+    flags = array.flags
+    return "C" if flags.c_contiguous else "F" if flags.f_contiguous else "gaps"
+
+
+def laid_out(array: np.ndarray, order: str) -> np.ndarray:
+    """A writable copy of `array` with that layout; `gaps` leaves NaN (or the largest integer) between elements."""
+    if order != "gaps" or array.ndim == 0:
+        return np.array(array, order="F" if order == "F" else "C")
+    wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), between(array.dtype), array.dtype)
+    wide[..., ::2] = array
+    return wide[..., ::2]
+
+
+def between(dtype: np.dtype) -> Any:
+    """What lies around an array that a learner's function gets: NaN, or the largest integer."""
+    if dtype.kind in "fc":
+        return np.nan
+    return True if dtype.kind == "b" else np.iinfo(dtype).max
+
+
+def _dtype(text: Any) -> np.dtype:
+    dtype = np.dtype(str(text))
+    if dtype.kind not in KINDS or dtype.hasobject:
+        raise _broken(f"an array of {dtype}")
+    return dtype
+
+
+def _broken(what: str) -> NotPlainError:
+    return NotPlainError(
+        f"these bytes are no message: {what}.",
+        "They were not written by this package, or were cut.",
+        "the exchange again with a fresh process.",
+    )

@@ -1,0 +1,75 @@
+"""The labs by name. A lab's exercises are imported when they are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+
+from llmcourse.errors import UnknownNameError
+from llmcourse.grading.exercise import Exercise
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A lab: its notebook, the chapter it belongs to, and the modules that would be its answer.
+
+    forbidden   modules that a submission cannot import while it is graded
+    """
+
+    number: str
+    slug: str
+    title: str
+    forbidden: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"lab{self.number}_{self.slug}"
+
+    @cached_property
+    def exercises(self) -> tuple[Exercise, ...]:
+        """The lab's exercises in order. Raises ModuleNotFoundError where submissions are graded."""
+        return tuple(import_module(f"{__package__}.{self.name}").EXERCISES)
+
+    @property
+    def points(self) -> int:
+        return sum(e.points for e in self.exercises)
+
+    def exercise(self, name: str) -> Exercise:
+        """The exercise whose function is called `name`."""
+        for e in self.exercises:
+            if e.name == name:
+                return e
+        raise UnknownNameError(
+            f"lab {self.number} has no exercise called {name!r}.",
+            "An exercise is named by the function that you write.",
+            f"one of {', '.join(e.name for e in self.exercises)}.",
+        )
+
+
+NUMPY_ONLY = (
+    "torch",
+    "scipy",
+    "sklearn",
+    "jax",
+    "tensorflow",
+    "autograd",
+    "llmcourse.autograd",
+    "llmcourse.plug",
+)
+
+LABS = (Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),)
+
+
+def find_lab(name: str) -> Lab:
+    """The lab called `name`: its number (`1`, `01`, `lab01`), its slug or its full name."""
+    wanted = name.removesuffix(".ipynb").lower()
+    number = wanted.removeprefix("lab")
+    for lab in LABS:
+        if wanted in (lab.name, lab.slug) or (number.isdigit() and number.zfill(2) == lab.number):
+            return lab
+    raise UnknownNameError(
+        f"there is no lab called {name!r}.",
+        "A lab is named by its chapter's number or by its folder.",
+        f"one of {', '.join(lab.name for lab in LABS)}.",
+    )
