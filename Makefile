@@ -54,7 +54,7 @@ doctor:
 	@.venv/bin/llmcourse doctor
 
 # Tests that execute notebooks come second and alone: they use both cores themselves, and are timed.
-test: EXTRAS := notebook,cluster,test
+test: EXTRAS := notebook,cluster,grade,test
 test:
 	$(set_up)
 	.venv/bin/llmcourse assets fetch
@@ -64,7 +64,7 @@ test:
 	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/notebooks --ignore tests/browser
 	.venv/bin/python -m pytest tests/notebooks tests/browser
 
-test-gpu: EXTRAS := notebook,cluster,test
+test-gpu: EXTRAS := notebook,cluster,grade,test
 test-gpu:
 	$(set_up)
 	.venv/bin/llmcourse assets fetch

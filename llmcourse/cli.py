@@ -74,6 +74,29 @@ def _bench(args: argparse.Namespace) -> int:
     return command(args.names, device=args.device, out=args.out, list_only=args.list)
 
 
+def _lab(args: argparse.Namespace) -> int:
+    from llmcourse.labs import command
+
+    return command.command(
+        args.action, args.names, folder=args.folder, file=args.file, seed=args.seed, hint=args.hint
+    )
+
+
+def _grade(args: argparse.Namespace) -> int:
+    from llmcourse.grading import command
+
+    return command.command(
+        args.folder,
+        lab=args.lab,
+        course=args.course,
+        db=args.db,
+        jobs=args.jobs,
+        cluster=args.cluster,
+        unsafe=args.unsafe,
+        again=args.again,
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmcourse", description="A course that runs: from backprop to an LLM serving engine."
@@ -118,6 +141,24 @@ def build_parser() -> argparse.ArgumentParser:
     p = add("notebooks", _notebooks, "keep the notebooks on disk in order (for their authors)")
     p.add_argument("action", choices=["check", "fix", "store"])
     p.add_argument("names", nargs="*", metavar="NAME")
+
+    p = add("lab", _lab, "the graded labs: list, start a copy of your own, check it, see where you are")
+    p.add_argument("action", choices=["list", "start", "check", "hint", "status"])
+    p.add_argument("names", nargs="*", metavar="NAME", help="a lab, e.g. 01; after it, exercises")
+    p.add_argument("--folder", type=Path, default=Path("mylabs"), help="where your copies lie")
+    p.add_argument("--file", type=Path, help="check this notebook")
+    p.add_argument("--seed", type=int, help="repeat the inputs of an earlier check")
+    p.add_argument("--hint", type=int, metavar="N", help="hint number N (default: the next)")
+
+    p = add("grade", _grade, "grade a class's submissions of a lab (for instructors)")
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="one file or folder for each student")
+    p.add_argument("--lab", metavar="NAME", help="e.g. 01 (default: what the files are named after)")
+    p.add_argument("--course", type=Path, default=Path("gradebook"), help="folder of gradebook and feedback")
+    p.add_argument("--db", metavar="URL", help="the gradebook's database (default: SQLite in that folder)")
+    p.add_argument("--jobs", type=int, help="submissions at once (default: one for each core)")
+    p.add_argument("--cluster", metavar="ADDRESS", help="judge on this Ray cluster")
+    p.add_argument("--unsafe", action="store_true", help="run submissions without a sandbox")
+    p.add_argument("--again", action="store_true", help="judge anew what was judged before")
 
     p = add("bench", _bench, "measure, and keep the result as a record")
     p.add_argument("names", nargs="*", metavar="NAME", help="benchmarks (default: all)")

@@ -62,3 +62,7 @@ class NotebookError(CourseError, RuntimeError):
 
 class MissingPackageError(CourseError, ImportError):
     """A part of the course that needs an optional package."""
+
+
+class SandboxError(CourseError, RuntimeError):
+    """Submissions cannot be run in isolation on this machine."""

@@ -19,12 +19,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("notebook", "cluster", "test")
+EXTRAS = ("notebook", "cluster", "grade", "test")
 ELSEWHERE = re.compile(r"(nvidia|cuda)-|(colorama|pywinpty|appnope)$")
 
 HEADER = """\
 # Every package of the course's environment, at the version that it was tested with.
-# Written by tools/lock.py from set-ups of [notebook,cluster,test] on Linux; not edited by hand.
+# Written by tools/lock.py from set-ups of [notebook,cluster,grade,test] on Linux; not edited by hand.
 """
 
 

@@ -7,9 +7,11 @@ stack: Python's own would overflow at a chain of a thousand operations.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
-from llmcourse.autograd.function import Array, Function, Node
+from llmcourse.autograd.function import Array, Function, Grads, Node
 from llmcourse.errors import ShapeError
 
 
@@ -36,6 +38,24 @@ def accumulate(grads: dict[Node, Array], node: Node, grad: Array) -> None:
     grads[node] = grads[node] + grad if node in grads else grad
 
 
+def backward_pass(
+    order: Sequence[Node], grad: Array, vjp: Callable[[Node, Array], Sequence[Array | None]]
+) -> dict[Node, Array]:
+    """Send `grad`, the gradient of `order[0]`, through the nodes of a topological order.
+
+    `vjp(node, grad)` gives the gradients of the node's parents, None where none is wanted (it is a
+    vector-Jacobian product: the Jacobian itself is never built). A node's own gradient is let go once
+    it has been sent on, except where the node keeps it: those are returned.
+    """
+    grads = {order[0]: grad}
+    for node in order:
+        grad = grads[node] if node.keeps_grad else grads.pop(node)
+        for parent, parent_grad in zip(node.parents, vjp(node, grad), strict=True):
+            if parent_grad is not None:
+                accumulate(grads, parent, parent_grad)
+    return grads
+
+
 def backward(root: Node, grad: Array, retain_graph: bool = False) -> None:
     """Send `grad`, the gradient of some scalar with respect to `root`, to every leaf that asked for one.
 
@@ -45,20 +65,20 @@ def backward(root: Node, grad: Array, retain_graph: bool = False) -> None:
     for node in order:
         if isinstance(node, Function):
             node.check()
-    grads = {root: grad}
-    arrived: list[tuple[Node, Array]] = []
+
+    def vjp(node: Node, grad: Array) -> Grads:
+        if not isinstance(node, Function):
+            return ()
+        sent = node.backward(grad)
+        grads = tuple(_fitting(g, node, i) if node.needs[i] else None for i, g in enumerate(sent))
+        if not retain_graph:
+            node.release()
+        return grads
+
+    grads = backward_pass(order, grad, vjp)
     for node in order:
-        grad = grads.pop(node)
         if node.keeps_grad:
-            arrived.append((node, grad))
-        if isinstance(node, Function):
-            for i, parent_grad in enumerate(node.backward(grad)):
-                if node.needs[i]:
-                    accumulate(grads, node.parents[i], _fitting(parent_grad, node, i))
-            if not retain_graph:
-                node.release()
-    for node, grad in arrived:
-        node.accumulate(grad)
+            node.accumulate(grads[node])
 
 
 def _fitting(grad: Array | None, node: Function, i: int) -> Array:

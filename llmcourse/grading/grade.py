@@ -31,7 +31,7 @@ from llmcourse.grading.pool import judge_here
 from llmcourse.grading.stage import DEMO, Job, Judged
 from llmcourse.labs.catalog import LABS, Lab, find_lab
 
-Tell = Callable[[str, "Row"], None]
+Tell = Callable[[str, "Row", int], None]  # what happened, to whom, of how many students
 
 
 @dataclass
@@ -73,7 +73,7 @@ def grade(
     unsafe: bool = False,
     again: bool = False,
     limits: Mapping[str, float] | None = None,
-    tell: Tell = lambda what, row: None,
+    tell: Tell = lambda what, row, total: None,
 ) -> Run:
     """Grade every submission of `lab` in `folder` into `course`.
 
@@ -105,16 +105,16 @@ def grade(
             todo.append(desk.job(row))
         else:
             desk.finish(row)
-            tell("kept", row)
+            tell("kept", row, len(rows))
     for judged in _judge(todo, workers or os.cpu_count() or 1, cluster):
         row = rows[judged.student]
         row.judged = judged
         if judged.error:
-            tell("failed", row)
+            tell("failed", row, len(rows))
             continue
         desk.keep(row)
         desk.finish(row)
-        tell("judged", row)
+        tell("judged", row, len(rows))
     course.write_marks(lab)
     run.seconds = perf_counter() - began
     return run

@@ -260,7 +260,7 @@ def layout(array: np.ndarray) -> str:
 
 
 def laid_out(array: np.ndarray, order: str) -> np.ndarray:
-    """A writable copy of `array` with that layout; `gaps` leaves NaN (or the largest integer) between elements."""
+    """A writable copy of `array` with that layout; `gaps` leaves what `between` gives between elements."""
     if order != "gaps" or array.ndim == 0:
         return np.array(array, order="F" if order == "F" else "C")
     wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), between(array.dtype), array.dtype)

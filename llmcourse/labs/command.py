@@ -1,4 +1,4 @@
-"""`llmcourse lab list | start | check | status`: a lab from the terminal.
+"""`llmcourse lab list | start | check | hint | status`: a lab from the terminal.
 
 `check` runs the cells of the learner's own notebook in a process of its own and judges its functions
 from here, with the checks that `check(fn)` in the notebook uses.
@@ -28,6 +28,7 @@ def command(
     folder: Path = FOLDER,
     file: Path | None = None,
     seed: int | None = None,
+    hint: int | None = None,
 ) -> int:
     """Do `action`; returns the exit status. Raises UnknownNameError for a lab or exercise that is none."""
     if action == "list":
@@ -37,6 +38,8 @@ def command(
     lab = _the_lab(names, file)
     if action == "start":
         return start(lab, folder)
+    if action == "hint":
+        return hint_for(lab, names[1:], hint)
     return check(lab, names[1:], file or find_file(lab, folder), seed)
 
 
@@ -96,9 +99,8 @@ def start(lab: Lab, folder: Path = FOLDER) -> int:
                 "--folder with a place that you may write to.",
             ) from error
         print(f"A new copy for you: {target}")
-    print(
-        f"{len(lab.exercises)} exercises, {lab.points} points, {sum(e.minutes for e in lab.exercises)} minutes"
-    )
+    minutes = sum(e.minutes for e in lab.exercises)
+    print(f"{len(lab.exercises)} exercises, {lab.points} points, {minutes} minutes")
     print(f"Open it:  jupyter lab {target}\nCheck it: llmcourse lab check {lab.number}")
     return 0
 
@@ -118,6 +120,19 @@ def _copy_new(source: Path, target: Path) -> None:
                 out.write(scratch.read_bytes())
     finally:
         scratch.unlink(missing_ok=True)
+
+
+# ── hint ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hint_for(lab: Lab, exercises: Sequence[str], layer: int | None) -> int:
+    """Print the next hint for an exercise: the one named, else the first that has not passed."""
+    from llmcourse.labs import hints, progress
+
+    still_open = [row.exercise for row in progress.lab_status(lab) if not row.passed]
+    name = exercises[0] if exercises else (still_open or [lab.exercises[-1].name])[0]
+    print(hints.show(lab, lab.exercise(name), layer))
+    return 0
 
 
 # ── check ────────────────────────────────────────────────────────────────────────────────────────

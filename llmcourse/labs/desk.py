@@ -49,7 +49,7 @@ class Desk:
         return verdict
 
     def hint(self, fn: Callable[..., Any] | str, layer: int | None = None) -> Any:
-        """The next hint for an exercise, or its `layer` (1 is the first). Each says more than the one before."""
+        """The next hint for an exercise, or its `layer` (1 is the first). Each says more than the last."""
         from llmcourse.labs import hints
 
         return hints.show(self.lab, self._exercise(fn), layer)
@@ -67,7 +67,7 @@ class Desk:
             raise NoFunctionError(
                 f"check() got a {type(fn).__name__}, not a function.",
                 "An exercise is checked by calling the function you wrote.",
-                f"check({self.lab.exercises[0].name}) without parentheses behind the name; exercises: {names}.",
+                f"check({self.lab.exercises[0].name}), with no parentheses behind the name. Exercises: {names}.",
             )
         return self.lab.exercise(name)
 

@@ -45,10 +45,15 @@ _RANDOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a
 _OVERWRITTEN = re.compile(r"^.*\r(?=[^\n])", re.MULTILINE)
 
 
-def canonicalise(nb: NotebookNode) -> NotebookNode:
-    """A copy of `nb` in canonical form. Doing it twice changes nothing more."""
+def canonicalise(nb: NotebookNode, keep: Iterable[str] = ()) -> NotebookNode:
+    """A copy of `nb` in canonical form, with the cells' metadata `keep` besides their tags.
+
+    Doing it twice changes nothing more.
+    """
     pages = [cell for cell in nb.cells if not _is_chaff(cell)]
     cells = [_cell(cell) | {"id": name} for cell, name in zip(pages, _names(pages), strict=True)]
+    for cell, page in zip(cells, pages, strict=True):
+        cell["metadata"] |= {key: deepcopy(page.metadata[key]) for key in keep if key in page.metadata}
     _renumber([cell for cell in cells if cell["cell_type"] == "code"])
     metadata: dict[str, Any] = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     memory = nb.metadata.get("llmcourse", {}).get("memory_mb")

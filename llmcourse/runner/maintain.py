@@ -75,7 +75,7 @@ def store(paths: Sequence[Path]) -> int:
     return 0
 
 
-def with_head(nb: NotebookNode, name: str) -> NotebookNode:
+def with_head(nb: NotebookNode, name: str, folder: str = "notebooks") -> NotebookNode:
     """`nb` with this version's set-up cell as its first code cell and its Colab line in the first cell."""
     nb = deepcopy(nb)
     setup = next((cell for cell in nb.cells if cell.cell_type == "code"), None)
@@ -84,7 +84,7 @@ def with_head(nb: NotebookNode, name: str) -> NotebookNode:
         nb.cells.insert(1, setup)
     setup.source = setup_cell()
     if nb.cells[0].cell_type == "markdown":
-        nb.cells[0].source = _with_badge(nb.cells[0].source, badge(name))
+        nb.cells[0].source = _with_badge(nb.cells[0].source, badge(name, folder=folder))
     return nb
 
 

@@ -58,8 +58,8 @@ def setup_cell(address: str | None = None) -> str:
     return TEMPLATE.format(address=address or repository(), version=llmcourse.__version__)
 
 
-def badge(name: str, address: str | None = None) -> str:
-    """The line of Markdown that opens notebook `name` in Colab, at the version of this package.
+def badge(name: str, address: str | None = None, folder: str = "notebooks") -> str:
+    """The line of Markdown that opens notebook `name` of `folder` in Colab, at the version of this package.
 
     Raises NotebookError when the repository is not on GitHub, the only host that Colab opens by link.
     """
@@ -71,7 +71,7 @@ def badge(name: str, address: str | None = None) -> str:
             "A Colab link names a notebook by its owner and repository on github.com.",
             "an address such as https://github.com/OWNER/REPOSITORY in [project.urls] of pyproject.toml.",
         )
-    page = f"blob/v{llmcourse.__version__}/notebooks/{name.removesuffix('.ipynb')}.ipynb"
+    page = f"blob/v{llmcourse.__version__}/{folder}/{name.removesuffix('.ipynb')}.ipynb"
     return f"[Open in Colab](https://colab.research.google.com/github{parts.path}/{page})"
 
 

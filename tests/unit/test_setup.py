@@ -483,7 +483,7 @@ def test_ci_runs_make_test_and_nothing_less() -> None:
     steps = ["assets fetch", "ruff check", "ruff format --check", "mypy", "pytest -n 2 --dist loadfile"]
     positions = [recipe.index(step) for step in steps]
     assert positions == sorted(positions)
-    assert "--extras notebook,cluster,test" in recipe
+    assert "--extras notebook,cluster,grade,test" in recipe
 
 
 @pytest.mark.parametrize("browser", [None, "chromium"])

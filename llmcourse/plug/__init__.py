@@ -1,0 +1,19 @@
+"""Plug your code into the package, so that the package runs on it.
+
+    from llmcourse.plug import plug, points
+
+    with plug(sum_to=my_sum_to, topological_order=my_order) as used:
+        fit(model, digits, epochs=1)      # trained through your code
+    used                                  # a table: how often each of them ran
+
+A point is a place in the package where one function can stand for another. `points()` lists them with
+the signature that each expects. After the block the package's own code is back, whatever happened in it.
+What your function returns is checked where it is used; what it raises says at which point it was.
+
+`point` holds the mechanism, `autograd` the points of `llmcourse.autograd`.
+"""
+
+from llmcourse.plug import autograd  # registers its points
+from llmcourse.plug.point import Plug, PlugError, Point, plug, points, register
+
+__all__ = ["Plug", "PlugError", "Point", "autograd", "plug", "points", "register"]
