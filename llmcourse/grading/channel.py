@@ -56,9 +56,7 @@ class Channel:
         """
         data = pack(message, callable_id)
         if len(data) > self.max_bytes:
-            raise MessageTooLarge(
-                f"a message of {len(data):,} bytes; at most {self.max_bytes:,} can be sent"
-            )
+            raise MessageTooLarge(f"a message of {len(data):,} bytes; at most {self.max_bytes:,} can be sent")
         left = memoryview(HEADER.pack(len(data)) + data)
         while left:
             left = left[self._wait(deadline, self.sock.send, left[:CHUNK]) :]

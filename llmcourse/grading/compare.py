@@ -6,6 +6,8 @@ and a sum of n terms about √n times that. NaN is no wildcard: it equals only a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,9 @@ class Mismatch(Exception):
 
 
 def as_array(value: Any) -> np.ndarray:
-    """Numbers as float64 (integers and booleans as they are); Mismatch for what holds none."""
-    if is_tensor(value):
-        import torch
-
-        value = value.double().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+    """Numbers as an array (of float64 where NumPy lacks their format); Mismatch for what holds none."""
     try:
-        array = np.asarray(value)
+        array = np.asarray(_to_numpy(value))
     except ValueError:
         raise Mismatch(f"the result is a ragged {type(value).__name__}, expected an array") from None
     if array.dtype.kind not in "biufc":
@@ -38,12 +36,22 @@ def as_array(value: Any) -> np.ndarray:
     return array
 
 
+def _to_numpy(value: Any) -> Any:
+    """`value` with NumPy arrays for its tensors."""
+    if is_tensor(value):
+        try:
+            return value.detach().numpy()
+        except TypeError:  # bfloat16 and float8
+            return value.detach().double().numpy()
+    return [_to_numpy(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def close(got: Any, expected: Any, *, rtol: float | None = None, atol: float | None = None) -> None:
     """Raise Mismatch unless `got` has the shape of `expected` and its values.
 
     rtol   default: by `got`'s number format; atol: default rtol times the largest expected magnitude
     """
-    want = np.asarray(expected.numpy() if is_tensor(expected) else expected)
+    want = np.asarray(_to_numpy(expected))
     if got is None and expected is not None:
         raise Mismatch("the result is None, expected an array: is a `return` missing?")
     have = as_array(got)
@@ -52,7 +60,11 @@ def close(got: Any, expected: Any, *, rtol: float | None = None, atol: float | N
     if want.size == 0:
         return
     finite = np.abs(want[np.isfinite(want)]) if want.dtype.kind in "fc" else np.abs(want)
-    rtol = RTOL.get(str(have.dtype), 1e-9) if rtol is None else rtol
+    rtol = (
+        RTOL.get(str(got.dtype).removeprefix("torch.") if is_tensor(got) else str(have.dtype), 1e-9)
+        if rtol is None
+        else rtol
+    )
     atol = rtol * float(finite.max(initial=0.0)) if atol is None else atol
     wide = have.astype(np.complex128 if "c" in (have.dtype.kind, want.dtype.kind) else np.float64)
     with np.errstate(all="ignore"):
@@ -60,7 +72,8 @@ def close(got: Any, expected: Any, *, rtol: float | None = None, atol: float | N
     if right.all():
         return
     first = tuple(int(i) for i in np.argwhere(~right)[0])
-    count = f", and at {int((~right).sum()) - 1} more of {right.size} places" if right.size > 1 else ""
+    more = int((~right).sum()) - 1
+    count = f", and at {more} more of {right.size} places" if more else ""
     place = f"first difference at {place_of(first)}: " if first else ""
     raise Mismatch(f"{place}{number(have[first])}, expected {number(want[first])}{count}")
 
@@ -103,26 +116,36 @@ def place_of(index: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, index))}]"
 
 
-def describe(value: Any) -> str:
+def describe(value: Any, depth: int = 0) -> str:
     """A value in one short line: arrays by shape and number format, small ones by their numbers."""
     if is_tensor(value) or isinstance(value, np.ndarray):
-        kind = str(value.dtype).removeprefix("torch.")
-        shape = tuple(value.shape)
-        few = int(np.prod(shape)) <= 6 and isinstance(value, np.ndarray)
-        return f"{np.array2string(value, precision=4, separator=', ')}" if few else f"{list(shape)} {kind}"
+        if isinstance(value, np.ndarray) and 0 < value.size <= 6:
+            return " ".join(np.array2string(value, precision=4, separator=", ").split())
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, np.generic):
         return number(value)
+    if isinstance(value, tuple | list | dict) and len(value) and depth == 3:
+        return "…"
     if isinstance(value, tuple | list):
-        parts = [describe(v) for v in value[:8]] + (["…"] if len(value) > 8 else [])
-        inside = ", ".join(parts) + ("," if isinstance(value, tuple) and len(value) == 1 else "")
+        inside = _listed(value, lambda v: describe(v, depth + 1))
+        inside += "," if isinstance(value, tuple) and len(value) == 1 else ""
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+    if isinstance(value, dict):
+        return "{" + _listed(value.items(), lambda kv: f"{kv[0]!r}: {describe(kv[1], depth + 1)}") + "}"
     if callable(value):
         return getattr(value, "says", "") or "a function"
-    text = repr(value)
+    text = repr(value[:100] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+def _listed(items: Collection[Any], one: Callable[[Any], str]) -> str:
+    return ", ".join([*map(one, islice(items, 8)), *(["…"] if len(items) > 8 else [])])
+
+
 def _same(a: Any, b: Any) -> bool:
+    a, b = (_to_numpy(v) if is_tensor(v) else v for v in (a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, np.ndarray | np.generic) or isinstance(b, np.ndarray | np.generic):

@@ -97,7 +97,7 @@ def quiet() -> Iterator[list[str]]:
     """Collect nbgrader's log in place of printing it, and silence SQLAlchemy's warnings about its queries."""
     from traitlets import log
 
-    logger = log.get_logger()
+    logger: Any = log.get_logger()
     said: list[str] = []
     handler = _Collect(said)
     propagated, logger.propagate = logger.propagate, False

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 
-
 class Memory:
     """The memory under some values, as ranges of addresses.
 
@@ -57,7 +56,12 @@ class Tally:
 
     def hold(self, address: int, nbytes: int) -> None:
         holders, known = self._holders.get(address, (0, 0))
-        self._holders[address] = holders + 1, nbytes
+        self._holders[address] = holders + 1, known
+        self.resize(address, nbytes)
+
+    def resize(self, address: int, nbytes: int) -> None:
+        holders, known = self._holders[address]
+        self._holders[address] = holders, nbytes
         self.held += nbytes - known
         self.peak = max(self.peak, self.held)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,17 @@ NOT_LAUNCHED = {
 }
 # Operations that write in place what does not depend on what was there.
 OVERWRITES = {
-    f"aten::{name}_"
-    for name in "bernoulli cauchy copy exponential fill geometric log_normal normal random uniform zero".split()
+    "aten::bernoulli_",
+    "aten::cauchy_",
+    "aten::copy_",
+    "aten::exponential_",
+    "aten::fill_",
+    "aten::geometric_",
+    "aten::log_normal_",
+    "aten::normal_",
+    "aten::random_",
+    "aten::uniform_",
+    "aten::zero_",
 }
 
 
@@ -95,9 +105,8 @@ class _Kept:
     def unpack(self) -> torch.Tensor:
         if self.tensor._version != self.version:
             raise GraphError(
-                f"a tensor of shape {list(self.tensor.shape)}, saved for the backward pass, has been modified "
-                f"by an in-place operation (it is at version {self.tensor._version}, and was saved at version "
-                f"{self.version}).",
+                f"a tensor of shape {list(self.tensor.shape)}, saved for the backward pass, has been modified by "
+                f"an in-place operation: saved at version {self.version}, it is at {self.tensor._version}.",
                 "Its gradient would be computed from numbers that are no longer there.",
                 "the operation that makes a new tensor (y = y + 1) in place of the one that writes (y += 1).",
             )
@@ -148,35 +157,29 @@ class Births(Operations):
     def __init__(self) -> None:
         super().__init__()
         self.largest, self.memory = 0, Tally()
-        self._alive: dict[int, tuple[weakref.ref, int]] = {}
+        self._born: dict[int, weakref.ref] = {}
 
     def saw(self, func: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        # `torch.tensor([…])` makes its memory before the dispatcher is reached, and lifts it.
-        fresh = func._schema.name == "aten::lift_fresh"
-        old = set() if fresh else {s._cdata for s in _storages_in((args, kwargs))}
+        # `torch.tensor([…])` makes its memory before the dispatcher is reached, and lifts it;
+        # `from_numpy` does the same with NumPy's memory, which cannot be resized.
+        lifted = func._schema.name == "aten::lift_fresh"
+        old = set() if lifted else {s._cdata for s in _storages_in((args, kwargs))}
         for storage in _storages_in(out):
-            if storage._cdata in self._alive:
-                _, known = self._alive[storage._cdata]
-                if storage.nbytes() != known:  # resized in place
-                    self._forget(storage._cdata)
-                    self._follow(storage)
-            elif storage._cdata not in old and (storage.resizable() or not fresh):  # not NumPy's memory
-                self._follow(storage)
+            key, nbytes = storage._cdata, storage.nbytes()
+            known = self._born.get(key)
+            if known is not None and known() is not None:
+                self.memory.resize(key, nbytes)
+            elif key in old or (lifted and not storage.resizable()):
+                continue
+            else:
+                # A storage's Python object lives as long as its memory, whoever holds that, graphs included.
+                self._born[key] = weakref.ref(storage, partial(_died, self.memory, key))
+                self.memory.hold(key, nbytes)
+            self.largest = max(self.largest, nbytes)
 
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._alive.clear()  # storages that outlive the block would call back for nothing
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-        # The storage's Python object lives as long as its memory, whoever holds it, graphs included.
-        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key)), nbytes
-        self.memory.hold(key, nbytes)
-        self.largest = max(self.largest, nbytes)
-
-    def _forget(self, key: int) -> None:
-        del self._alive[key]
-        self.memory.drop(key)
+def _died(memory: Tally, key: int, _: weakref.ref) -> None:
+    memory.drop(key)
 
 
 class Launches(Operations):

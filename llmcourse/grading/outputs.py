@@ -119,7 +119,9 @@ def cleaned(found: dict[str, Any], count: int, text_kept: int = TEXT_KEPT) -> li
         if "data" in output:
             data = output["data"]
             png = _png(data[PICTURE_KIND]) if PICTURE_KIND in data else None
-            again.data({TEXT_KIND: clean_text(data.get(TEXT_KIND, "")), PICTURE_KIND: png}, output["result"] is True)
+            again.data(
+                {TEXT_KIND: clean_text(data.get(TEXT_KIND, "")), PICTURE_KIND: png}, output["result"] is True
+            )
         else:
             name = "stderr" if output["name"] == "stderr" else "stdout"
             again.stream(name, clean_text(output["text"]))

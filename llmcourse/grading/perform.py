@@ -107,12 +107,13 @@ def perform(
             results) is sent backward with a gradient of ones; both passes are counted
     """
     given = [Handed(a, grads) for a in args]
+    counters = _counters(watch, given)
     call = Call(tuple(args))
     began = perf_counter()
     try:
         with ExitStack() as counting, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            counts = [counting.enter_context(c) for c in _counters(watch, given)]
+            counts = [counting.enter_context(c) for c in counters]
             result = fn(*(g.value for g in given))
             if grads:
                 _backward(result)
@@ -139,29 +140,31 @@ class Handed:
 
     def __init__(self, original: Any, grads: bool = False) -> None:
         self.before = original
-        self.buffer: Any = None
+        self.value: Any
+        self.buffer: np.ndarray | None = None
         if isinstance(original, np.ndarray) and original.ndim:
             self.buffer, self.value = guarded(original)
-            self.bands = self.buffer[:GUARD].copy(), self.buffer[-GUARD:].copy()
+            self.window, self.around = self.value.view(), self.buffer.copy()
         elif is_tensor(original):
             self.value = original.detach().clone()
             if grads and original.is_floating_point():
                 self.value.requires_grad_()
-        else:
-            self.value = original if callable(original) else plain(original, "an argument")
+        elif callable(original):
+            self.value = original
+        else:  # both rebuilt, so that they are of the same types
+            self.before, self.value = (plain(original, "an argument") for _ in range(2))
 
     def changed(self) -> bool:
         if isinstance(self.before, np.ndarray):
             return not _same_bytes(self.before, self.value)
-        if is_tensor(self.before):
-            return self.value.shape != self.before.shape or not _same_tensor(self.before, self.value)
         return not callable(self.before) and not _same(self.before, self.value)
 
     def overrun(self) -> bool:
+        """Whether anything was written around the array. Asked last: the array gets its numbers back."""
         if self.buffer is None:
             return False
-        head, tail = self.bands
-        return not (_same_bytes(head, self.buffer[:GUARD]) and _same_bytes(tail, self.buffer[-GUARD:]))
+        self.window[...] = self.before
+        return not _same_bytes(self.around, self.buffer)
 
     def gradient(self) -> Any:
         grad = getattr(self.value, "grad", None) if is_tensor(self.value) else None
@@ -223,15 +226,22 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 def _same_tensor(a: Any, b: Any) -> bool:
     import torch
 
+    if type(b) is not torch.Tensor or a.shape != b.shape or a.dtype != b.dtype:
+        return False
     raw_a, raw_b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return bool(torch.equal(raw_a, raw_b))
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether `b` is still what `a` was. What the function put in its place is asked nothing."""
+    if is_tensor(a):
+        return _same_tensor(a, b)
+    if type(a) is not type(b):
+        return False
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a.items(), b.items(), strict=True))
     if isinstance(a, np.ndarray | np.generic):
         return _same_bytes(np.asarray(a), np.asarray(b))
     return bool(a == b) or (a != a and b != b)

@@ -26,6 +26,12 @@ MAX_INT_BITS = 4096
 MAX_ELEMENTS = 2_000_000  # of lists, tuples and dicts, in all
 MAX_BYTES = 256_000_000
 KINDS = "biufc"  # NumPy's bool, int, unsigned, float, complex
+SCALARS = frozenset(t for t in np.sctypeDict.values() if np.dtype(t).kind in KINDS)
+TENSORS = {  # torch's, without those that are quantized or smaller than a byte
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+}
 
 CallableId = Callable[[Callable[..., Any]], int]
 MakeCallable = Callable[[int], Callable[..., Any]]
@@ -45,14 +51,14 @@ def plain(value: Any, where: str = "the result") -> Any:
 
 class _Rebuild:
     def __init__(self, where: str) -> None:
-        self.where, self.elements = where, 0
+        self.where, self.elements, self.bytes = where, 0, 0
 
     def value(self, v: Any, depth: int = 0) -> Any:
         kind = type(v)
         if v is None or kind in (bool, float, complex):
             return v
         if kind in (str, bytes):
-            self._room(len(v), MAX_BYTES)
+            self._load(len(v))
             return v
         if kind is int:
             self._room(v.bit_length(), MAX_INT_BITS)
@@ -64,35 +70,32 @@ class _Rebuild:
             return kind([self.value(item, depth + 1) for item in v])
         if kind is dict:
             self._count(len(v))
-            return {self._key(k): self.value(item, depth + 1) for k, item in v.items()}
-        if isinstance(v, np.generic):
-            return self._scalar(v)
-        if isinstance(v, np.ndarray):
+            return {self._key(k, depth + 1): self.value(item, depth + 1) for k, item in v.items()}
+        if kind in SCALARS:
+            return v
+        if issubclass(kind, np.ndarray):  # not isinstance: that asks the object
             return self._array(v)
-        if is_tensor(v):
+        torch = sys.modules.get("torch")
+        if torch is not None and issubclass(kind, torch.Tensor):
             return self._tensor(v)
         raise self._refuse(v, "Only numbers, text, lists, tuples, dicts, arrays and tensors can be compared.")
 
-    def _key(self, key: Any) -> Any:
+    def _key(self, key: Any, depth: int) -> Any:
         if type(key) in (str, int, bool) or key is None:
             return self.value(key)
-        if type(key) is tuple:
-            return tuple(self._key(part) for part in key)
-        if isinstance(key, np.integer):
+        if type(key) is tuple and depth <= MAX_DEPTH:
+            self._count(len(key))
+            return tuple(self._key(part, depth + 1) for part in key)
+        if type(key) in SCALARS and np.dtype(type(key)).kind in "iu":
             return int(key)
         raise self._refuse(key, "It is the key of a dict, and keys can be text, integers or tuples of them.")
 
-    def _scalar(self, v: Any) -> Any:
-        if v.dtype.kind not in KINDS:
-            raise self._refuse(v, f"Its number format, {v.dtype}, is not numeric.")
-        return np.dtype(v.dtype).type(v)
-
     def _array(self, v: Any) -> np.ndarray:
-        base = np.array(np.ndarray.view(v, np.ndarray), copy=True, subok=False, order="K")
-        if base.dtype.kind not in KINDS:
-            raise self._refuse(v, f"It is an array of {base.dtype}, which holds no numbers.")
-        self._room(base.nbytes, MAX_BYTES)
-        return base
+        seen = np.ndarray.view(v, np.ndarray)
+        if seen.dtype.kind not in KINDS:
+            raise self._refuse(v, f"It is an array of {seen.dtype}, which holds no numbers.")
+        self._load(seen.nbytes)
+        return np.array(seen, copy=True, subok=False, order="K")
 
     def _tensor(self, v: Any) -> Any:
         import torch
@@ -101,12 +104,18 @@ class _Rebuild:
             base = torch.Tensor.detach(v)
             if type(base) is not torch.Tensor or base.layout != torch.strided or base.is_meta:
                 raise self._refuse(v, "Only ordinary (strided) tensors with data can be compared.")
-            self._room(base.numel() * base.element_size(), MAX_BYTES)
-            return base.to("cpu", copy=True)
+            if str(base.dtype).removeprefix("torch.") not in TENSORS:
+                raise self._refuse(v, f"It is a tensor of {base.dtype}, which can't be compared.")
+            self._load(base.numel() * base.element_size())
+            return base.to("cpu", copy=True).resolve_conj().resolve_neg()
 
     def _count(self, more: int) -> None:
         self.elements += more
         self._room(self.elements, MAX_ELEMENTS)
+
+    def _load(self, more: int) -> None:
+        self.bytes += more
+        self._room(self.bytes, MAX_BYTES)
 
     def _room(self, size: int, limit: int) -> None:
         if size > limit:
@@ -229,7 +238,8 @@ class _Unpack:
             case "d":
                 return {self.value(k): self.value(item) for k, item in rest}
             case "n":
-                return np.frombuffer(self.take(rest[1]), _dtype(rest[0]))[0]
+                (scalar,) = self.numbers(*rest)
+                return scalar
             case "a":
                 return self.array(*rest)
             case "T":
@@ -238,19 +248,24 @@ class _Unpack:
                 return self.make_callable(rest[0])
         raise _broken(f"an unknown tag {str(tag)[:20]!r}")
 
+    def numbers(self, dtype: str, size: int) -> np.ndarray:
+        kind = _dtype(dtype)
+        if kind.kind == "b":  # a byte that is neither 0 nor 1 would be a bool that equals neither
+            return np.frombuffer(self.take(size), np.uint8) != 0
+        return np.frombuffer(self.take(size), kind)
+
     def array(self, dtype: str, shape: list[int], order: str, size: int) -> np.ndarray:
-        flat = np.frombuffer(self.take(size), _dtype(dtype))
-        return laid_out(flat.reshape([int(n) for n in shape]), order)
+        return laid_out(self.numbers(dtype, size).reshape(_shape(shape)), order)
 
     def tensor(self, dtype: str, shape: list[int], requires_grad: bool, size: int) -> Any:
         import torch
 
+        if dtype not in TENSORS:
+            raise _broken(f"a tensor of {str(dtype)[:20]!r}")
         kind = getattr(torch, dtype)
-        if not isinstance(kind, torch.dtype):
-            raise _broken(f"torch has no number format {dtype!r}")
         raw = torch.frombuffer(bytearray(self.take(size)), dtype=torch.uint8) if size else torch.empty(0)
-        tensor = raw.view(kind) if size else torch.empty(0, dtype=kind)
-        return tensor.reshape([int(n) for n in shape]).requires_grad_(bool(requires_grad))
+        tensor = (raw != 0 if dtype == "bool" else raw.view(kind)) if size else torch.empty(0, dtype=kind)
+        return tensor.reshape(_shape(shape)).requires_grad_(bool(requires_grad))
 
 
 def layout(array: np.ndarray) -> str:
@@ -273,6 +288,12 @@ def between(dtype: np.dtype) -> Any:
     if dtype.kind in "fc":
         return np.nan
     return True if dtype.kind == "b" else np.iinfo(dtype).max
+
+
+def _shape(sizes: list[int]) -> list[int]:
+    if any(type(n) is not int or n < 0 for n in sizes):
+        raise _broken("a size is negative or no integer")
+    return sizes
 
 
 def _dtype(text: Any) -> np.dtype:

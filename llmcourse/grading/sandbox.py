@@ -10,7 +10,7 @@ forbids. The repository, the gradebook and other submissions are not hidden: the
 Started by root, the process changes to a user of its own (one for each `slot`, since the kernel counts
 a user's processes); started by anybody else, it lives in a user namespace. What a whole tree of
 processes may use together is watched from outside (`watch`), what one process may use is limited by
-the kernel (`limit_this_process`).
+the kernel (`limits`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from pathlib import Path
 
 import llmcourse
 from llmcourse.errors import SandboxError
+from llmcourse.grading.limits import MB, Limits
 
 FIRST_UID = 60_600  # of a range that no distribution hands out, and that fits a container's 65,536
 SLOTS = 500
 HOME = "/home/learner"
 WRITABLE = (HOME, "/tmp", "/dev/shm")
 OLDEST = (0, 7)  # of bubblewrap: the first that can limit a folder's size
-MB = 1_000_000
 
 INSTALL = (
     "apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora), pacman -S bubblewrap (Arch); "
@@ -45,40 +45,6 @@ WHY = (
     "A submission is somebody else's program: outside a sandbox it could read the solutions, "
     "rewrite the gradebook and use the network."
 )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one submission may use. The whole tree of its processes counts together.
-
-    cell_seconds, call_seconds   for one cell; for one call of a learner's function
-    wall_seconds                 of waiting for it, over all cells, calls and restarts
-    cpu_seconds                  of processor time, over all restarts
-    memory_mb                    resident memory
-    processes                    processes and threads at one time
-    file_mb, scratch_mb, files   one file; all files; their number
-    output_chars                 of text kept from one cell
-    message_mb                   one result, with its arrays
-    start_seconds                until its Python is up
-    """
-
-    cell_seconds: float = 20.0
-    call_seconds: float = 10.0
-    wall_seconds: float = 120.0
-    cpu_seconds: float = 120.0
-    memory_mb: int = 2048
-    processes: int = 64
-    file_mb: int = 64
-    scratch_mb: int = 256
-    files: int = 20_000
-    output_chars: int = 20_000
-    message_mb: int = 64
-    start_seconds: float = 60.0
-
-    @property
-    def address_mb(self) -> int:
-        """Address space of one process: Python and its libraries reserve more than they use."""
-        return self.memory_mb + 2048
 
 
 # ── whether it can be used ───────────────────────────────────────────────────────────────────────
@@ -94,7 +60,9 @@ def require() -> None:
     if problem := available():
         hint = next((h for sign, h in HINTS.items() if sign in problem), "")
         raise SandboxError(
-            f"submissions cannot be run in isolation here: {problem}.", WHY, (hint + "; or " if hint else "") + INSTALL
+            f"submissions cannot be run in isolation here: {problem}.",
+            WHY,
+            (hint + "; or " if hint else "") + INSTALL,
         )
 
 
@@ -219,13 +187,14 @@ class _Mounts:
             self.binds[path] = source or path
 
     def cover(self, path: Path) -> None:
-        """Hide what is visible of `path`, under the name it was given by and under its real one."""
-        for place in {path, Path(os.path.realpath(path))}:
+        """Hide `path` where it can be seen: under its real name or, behind a link, under the given one."""
+        for place in (Path(os.path.realpath(path)), path):
             if place.exists() and _inside(place, self.binds):
                 self.empty.add(place)
+                return
 
     def options(self) -> list[str]:
-        made: set[Path] = {Path("/")}
+        made: set[Path] = {Path("/"), Path("/dev"), Path("/proc")}
         options: list[str] = []
         for place in sorted({*self.binds, *self.empty, *self.memory}, key=lambda p: len(p.parts)):
             for parent in [p for p in reversed(place.parents) if p not in made]:
@@ -290,7 +259,7 @@ def _prefixes_of_the_interpreter() -> list[Path]:
 
 
 def module_paths(name: str) -> list[Path]:
-    """The folder of package `name`, or the file of a module with its compiled forms; none if it is not installed."""
+    """The folder of package `name`, or a module's file with its compiled forms; none if not installed."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -307,34 +276,3 @@ def module_paths(name: str) -> list[Path]:
 
 def _inside(path: Path, folders: Iterable[Path]) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
-
-
-# ── what the kernel limits ───────────────────────────────────────────────────────────────────────
-
-
-def limit_this_process(limits: Limits, *, alone: bool) -> None:
-    """Limit this process and all that it will start, for good.
-
-    alone   its user runs nothing else, so that the user's processes can be counted
-    """
-    import resource
-
-    def set_limit(name: str, most: int) -> None:
-        kind = getattr(resource, name, None)
-        if kind is None:
-            return
-        hard = resource.getrlimit(kind)[1]
-        if hard != resource.RLIM_INFINITY:
-            most = min(most, hard)
-        resource.setrlimit(kind, (most, most))
-
-    set_limit("RLIMIT_CORE", 0)
-    set_limit("RLIMIT_CPU", max(1, round(limits.cpu_seconds)))
-    set_limit("RLIMIT_FSIZE", limits.file_mb * MB)
-    if sys.platform == "linux":
-        set_limit("RLIMIT_AS", limits.address_mb * 1024 * 1024)
-    if alone:
-        set_limit("RLIMIT_NOFILE", 256)
-        set_limit("RLIMIT_MSGQUEUE", 0)
-        set_limit("RLIMIT_MEMLOCK", 0)
-        set_limit("RLIMIT_NPROC", limits.processes + 16)  # so that `watch` sees who wants more, and says so

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from llmcourse.grading.sandbox import Limits
+from llmcourse.grading.limits import Limits
 from llmcourse.grading.session import Cell, CellResult, LearnerError, RemoteSubject, Session
 from llmcourse.grading.verdict import CheckFailed, Verdict, judge
 from llmcourse.labs.catalog import Lab, find_lab
@@ -85,7 +85,7 @@ def judge_submission(job: Job, slot: int = 0) -> Judged:
         cells,
         limits=Limits(**job.limits),  # type: ignore[arg-type]
         sandbox=job.sandbox,
-        hidden=lab.forbidden,
+        forbidden=lab.forbidden,
         slot=slot,
     ) as session:
         for result in session.run():

@@ -153,7 +153,7 @@ def find_file(lab: Lab, folder: Path = FOLDER) -> Path:
 
 def check(lab: Lab, exercises: Sequence[str], file: Path, seed: int | None = None) -> int:
     """Judge the functions that `file` defines; prints each verdict. Status 1 unless all asked for pass."""
-    from llmcourse.grading.sandbox import Limits
+    from llmcourse.grading.limits import Limits
     from llmcourse.grading.session import RemoteSubject, Session
     from llmcourse.grading.verdict import judge
     from llmcourse.labs import progress

@@ -22,7 +22,7 @@ from weakref import WeakSet
 from filelock import FileLock
 
 from llmcourse.course import progress_path
-from llmcourse.grading.exercise import Exercise, dots
+from llmcourse.grading.exercise import Exercise
 from llmcourse.grading.verdict import Verdict
 from llmcourse.labs.catalog import Lab
 from llmcourse.notebook import Table
@@ -135,31 +135,22 @@ def _row(exercise: Exercise, entry: Entry) -> Row:
 
 def summary(rows: list[Row]) -> str:
     """`2 of 6 passed · 8 of 25 points`."""
-    passed, points, of = sum(r.passed for r in rows), sum(r.points for r in rows), sum(r.about.points for r in rows)
-    return f"{passed} of {len(rows)} passed · {points} of {of} points"
+    points, of = sum(r.points for r in rows), sum(r.about.points for r in rows)
+    return f"{sum(r.passed for r in rows)} of {len(rows)} passed · {points} of {of} points"
 
 
 def table(lab: Lab) -> Table:
     """A lab's progress as a table, for a page and for the terminal."""
     rows = lab_status(lab)
-    columns = ["", lab.name, "", "difficulty", "minutes", "points", "hints", "state"]
-    return Table(
-        columns,
-        [
-            (
-                SYMBOLS[r.state],
-                r.exercise,
-                r.about.title,
-                dots(r.about.difficulty),
-                r.about.minutes,
-                r.about.points,
-                f"{r.hints} of {len(r.about.hints)}",
-                r.note,
-            )
-            for r in rows
-        ],
-        note=summary(rows),
-    )
+    columns = ["", "exercise", "what it is", "difficulty", "minutes", "points", "hints", "state"]
+    cells = [
+        (
+            *(SYMBOLS[r.state], r.exercise, r.about.title, f"{r.about.difficulty} of 5"),
+            *(r.about.minutes, r.about.points, f"{r.hints} of {len(r.about.hints)}", r.note),
+        )
+        for r in rows
+    ]
+    return Table(columns, cells, note=f"{lab.name}: {summary(rows)}")
 
 
 def watch(watcher: Watcher) -> None:
@@ -193,7 +184,7 @@ def _change(lab: str, exercise: str, change: Callable[[Entry], object]) -> None:
             scratch.write_text(json.dumps(labs, indent=1), encoding="utf-8")
             scratch.replace(file)
     except OSError as error:
-        warnings.warn(f"{exercise}: progress is not kept, since {file} could not be written ({error}).", stacklevel=3)
+        warnings.warn(f"Progress is not kept: {file} could not be written ({error}).", stacklevel=3)
     for watcher in list(_watchers):
         watcher.refresh()
 

@@ -207,7 +207,10 @@ def test_a_matmul_that_wants_one_gradient_only_is_handed_shapes_that_fit():
     with plug(matmul_backward=spy):
         gradcheck(lambda w: Tensor(np.ones((4, 3))) @ w, w)
         gradcheck(lambda w: w @ Tensor(np.ones((2, 5))), w)
-    assert shapes == [((4, 2), (4, 3), (3, 2)), ((3, 5), (3, 2), (2, 5))]
+        unwanted, wanted = (Tensor(np.ones((4, 3))) @ w).node.backward(np.ones((4, 2)))
+    assert unwanted is None
+    np.testing.assert_array_equal(wanted, np.full((3, 2), 4.0))
+    assert shapes[:2] == [((4, 2), (4, 3), (3, 2)), ((3, 5), (3, 2), (2, 5))]
 
 
 def test_gradcheck_passes_with_every_piece_plugged_in():

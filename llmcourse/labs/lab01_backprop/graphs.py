@@ -1,13 +1,13 @@
 """Small computational graphs for the checks: which node was computed from which.
 
 A node is a word or an integer; `parents[node]` lists what it was computed from, twice for x·x. The
-nodes stand in an order of which one is known to be right (every consumer first), which a check uses to
-say what is wrong and never as the only answer.
+graphs made here have their nodes in a right order, every consumer first; of a graph given by its edges
+only the first node is known, the root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
@@ -18,11 +18,12 @@ from llmcourse.grading.compare import Mismatch
 from llmcourse.grading.trial import Oracle, RaisedError, Trial
 
 Node = int | str
+Edges = list[list[list[int]]]  # of several graphs: what each node consumes, by place
 
 
 @dataclass(frozen=True)
 class Graph:
-    """`parents` of every node, consumers before what they consume; the first one is the root."""
+    """The parents of every node; the first node is the root, and has been computed from all others."""
 
     parents: dict[Node, list[Node]]
     says: str
@@ -95,8 +96,16 @@ def residual(t: Trial, layers: int) -> Graph:
     return graph(words(t, 2 * layers + 1), [*edges, []], f"{layers} residual layers, one after the other")
 
 
+def uncounted(fn: Callable[..., Any], says: str, limit: int | None = None) -> Oracle:
+    """A function for the learner's function to call, with a limit, whose calls are no part of the result.
+
+    Where several numbers of calls are right, a mistake is the same mistake with each of them.
+    """
+    return Oracle(fn, says, limit)
+
+
 def within(t: Trial, oracle: Oracle, limit: int, what: str, tries: str, *args: Any) -> Any:
-    """The function's value for `args`, if it asked `oracle` at most `limit` times (else Mismatch)."""
+    """The function's value for `args`. Mismatch if it asks `oracle` more than `limit` times."""
     oracle.limit = limit
     try:
         return t.call(*args)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llmcourse.grading.compare import RTOL, as_array
 from llmcourse.grading.exercise import Exercise
 from llmcourse.grading.trial import Trial
 
@@ -15,7 +16,7 @@ matmul_backward = Exercise(
     title="The backward of a matrix product",
     arguments=("grad", "a", "b"),
     shapes=(
-        "a       array [..., n, k], and b array [..., k, m]: the operands of c = a @ b, each with two axes or more",
+        "a, b    arrays [..., n, k] and [..., k, m], the operands of c = a @ b, each with two axes or more",
         "grad    array [..., n, m]: the gradient of c; its axes in front are those of a and b, broadcast",
         "returns (grad_a, grad_b), each with the shape and the number format of its operand; "
         "any size may be 1 or 0",
@@ -38,35 +39,46 @@ matmul_backward = Exercise(
     ),
 )
 
+NAMES = ("grad_a", "grad_b")
+
 
 def expected(grad: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One element of c at a time: c[i, l] = Σ_j a[i, j]·b[j, l], whose derivatives are b[:, l] and a[i, :]."""
+    """One element of c after another: a row of a times a column of b, each the other's derivative."""
     grad, a, b = (x.astype(np.float64) for x in (grad, a, b))
     grad_a, grad_b = np.zeros(a.shape), np.zeros(b.shape)
-    for *batch, i, l in np.ndindex(grad.shape):
-        row = (*_own(batch, a), i)
-        column = (*_own(batch, b), slice(None), l)
-        grad_a[row] += grad[*batch, i, l] * b[column]
-        grad_b[column] += grad[*batch, i, l] * a[row]
+    for *batch, i, j in np.ndindex(grad.shape):
+        row, column = (*_own(batch, a), i), (*_own(batch, b), slice(None), j)
+        grad_a[row] += grad[*batch, i, j] * b[column]
+        grad_b[column] += grad[*batch, i, j] * a[row]
     return grad_a, grad_b
 
 
 def _own(batch: Sequence[int], operand: np.ndarray) -> tuple[int, ...]:
     """The place in `operand`'s own batch axes that was used at `batch` of the result."""
     sizes = operand.shape[:-2]
-    return tuple(0 if size == 1 else i for i, size in zip(batch[len(batch) - len(sizes) :], sizes, strict=True))
+    return tuple(
+        0 if size == 1 else i for i, size in zip(batch[len(batch) - len(sizes) :], sizes, strict=True)
+    )
+
+
+def _pair(t: Trial, *args: np.ndarray) -> tuple[Any, ...]:
+    return t.pair(t.call(*args), 2, "a pair (grad_a, grad_b)")
+
+
+def _judge(t: Trial, grad: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    rtol = RTOL[str(grad.dtype)]
+    for name, got, want in zip(NAMES, _pair(t, grad, a, b), expected(grad, a, b), strict=True):
+        t.close(got, want, name, rtol=rtol)
 
 
 def _agree(t: Trial, a: np.ndarray, b: np.ndarray) -> None:
-    grad = t.normal(*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1], dtype=a.dtype)
-    _judge(t, grad, a, b)
+    _judge(t, _grad(t, a, b), a, b)
 
 
-def _judge(t: Trial, grad: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[Any, ...]:
-    pair = t.pair(t.call(grad, a, b), 2, "a pair, (grad_a, grad_b)")
-    for name, got, want in zip(("grad_a", "grad_b"), pair, expected(grad, a, b), strict=True):
-        t.close(got, want, name)
-    return pair
+def _grad(t: Trial, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A gradient for a @ b."""
+    front = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return t.normal(*front, a.shape[-2], b.shape[-1], dtype=a.dtype)
 
 
 def _sizes(t: Trial) -> tuple[int, int, int]:
@@ -77,9 +89,9 @@ def _sizes(t: Trial) -> tuple[int, int, int]:
 
 @matmul_backward.check("each gradient has its operand's shape, and the values of the formula")
 def rectangular(t: Trial) -> None:
-    for _ in range(2):
+    for dtype in (np.float64, np.float64, np.float32):
         n, k, m = _sizes(t)
-        _agree(t, t.normal(n, k), t.normal(k, m))
+        _agree(t, t.normal(n, k, dtype=dtype), t.normal(k, m, dtype=dtype))
 
 
 @matmul_backward.check("square matrices work too, whose shapes fit in any order")
@@ -141,17 +153,15 @@ def formats(t: Trial) -> None:
     for dtype in (np.float64, np.float32):
         for front in [(), (3,)]:
             a, b = t.normal(*front, n, k, dtype=dtype), t.normal(k, m, dtype=dtype)
-            for name, got in zip(
-                ("grad_a", "grad_b"), _judge(t, t.normal(*front, n, m, dtype=dtype), a, b), strict=True
-            ):
-                t.equal(str(np.asarray(got).dtype), np.dtype(dtype).name, f"number format of {name}")
+            for name, got in zip(NAMES, _pair(t, _grad(t, a, b), a, b), strict=True):
+                t.equal(str(as_array(got).dtype), np.dtype(dtype).name, f"number format of {name}")
 
 
 @matmul_backward.check("grad, a and b are left as they were")
 def unchanged(t: Trial) -> None:
     n, k, m = _sizes(t)
     for front in [(), (3,)]:
-        _agree(t, t.normal(*front, n, k), t.normal(k, m))
+        t.call(t.normal(*front, n, m), t.normal(*front, n, k), t.normal(k, m))
         t.unchanged()
 
 
@@ -244,6 +254,23 @@ def ones(grad: Any, a: Any, b: Any) -> Any:
 def averaged_rows(grad: Any, a: Any, b: Any) -> Any:
     grad_a, grad_b = _full(grad, a, b)
     return _fit(grad_a, a.shape), _fit(grad_b, b.shape) / max(a.shape[-2], 1)
+
+
+@matmul_backward.mistake(
+    says="the first product whose shape fits is taken, and with square matrices several fit",
+    tries="deriving which operand is transposed from the formula; the shapes are the proof, not the reason.",
+    caught_by="square",
+)
+def by_shape(grad: Any, a: Any, b: Any) -> Any:
+    def first(shape: Any, *pairs: Any) -> Any:
+        for x, y in pairs:
+            if x.shape[-1] == y.shape[-2] and (x.shape[-2], y.shape[-1]) == shape[-2:]:
+                return _fit(x @ y, shape)
+        return None
+
+    a_t, b_t = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
+    grad_a = first(a.shape, (grad, b), (b, grad), (grad, b_t), (b_t, grad))
+    return grad_a, first(b.shape, (grad, a), (a, grad), (grad, a_t), (a_t, grad))
 
 
 @matmul_backward.mistake(
@@ -368,7 +395,9 @@ def einsum(grad: Any, a: Any, b: Any) -> Any:
     return fit(np.einsum("...nm,...km->...nk", grad, b), a), fit(np.einsum("...nk,...nm->...km", a, grad), b)
 
 
-@matmul_backward.alternative("one product of the batch after another, each added where its operands came from")
+@matmul_backward.alternative(
+    "one product of the batch after another, each added where its operands came from"
+)
 def product_by_product(grad: Any, a: Any, b: Any) -> Any:
     grad_a, grad_b = np.zeros_like(a), np.zeros_like(b)
     for place in np.ndindex(grad.shape[:-2]):
