@@ -105,8 +105,8 @@ class _Kept:
     def unpack(self) -> torch.Tensor:
         if self.tensor._version != self.version:
             raise GraphError(
-                f"a tensor of shape {list(self.tensor.shape)}, saved for the backward pass, has been modified by "
-                f"an in-place operation: saved at version {self.version}, it is at {self.tensor._version}.",
+                f"a tensor of shape {list(self.tensor.shape)}, saved for the backward pass, has been modified "
+                f"by an in-place operation: saved at version {self.version}, it is at {self.tensor._version}.",
                 "Its gradient would be computed from numbers that are no longer there.",
                 "the operation that makes a new tensor (y = y + 1) in place of the one that writes (y += 1).",
             )

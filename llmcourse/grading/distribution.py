@@ -156,7 +156,7 @@ def mean_within(samples: Any, mean: float, std: float, false_alarm: float = FALS
     mean, std    of the right distribution: known, not estimated from the draws
 
     Returns  Evidence whose statistic is |z|, the distance in standard errors std/√n. The rate is exact for
-             normal draws. For others it is as stated once n is well above (skewness · z³ / 6)²: 1,600 for
+             normal draws. For others it is as stated once n is well above (skewness · z³ / 6)²: 1,500 for
              exponential draws at 1e-6. With std = 0 every draw must be the mean.
     Raises   DistributionError
     """

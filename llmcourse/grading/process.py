@@ -67,7 +67,11 @@ class Process:
         self._mark = f"{MARK}={secrets.token_hex(8)}"
         self.channel, theirs = pair(limits.message_mb * MB)
         with theirs, tempfile.TemporaryFile() as log:
-            self._popen = self._start(theirs.fileno(), log, list(hide), list(forbidden), slot)
+            try:
+                self._popen = self._start(theirs.fileno(), log, list(hide), list(forbidden), slot)
+            except OSError as error:
+                self.channel.close()
+                raise self._not_started(error, log) from None
             self.family = Family(self._popen.pid, "" if sandboxed else self._mark)
             overhead, folders = (OWN_PROCESSES, sandbox.WRITABLE) if sandboxed else (0, ())
             self.watch = Watch(self.family, limits, overhead, folders)
@@ -120,7 +124,7 @@ class Process:
                 start_new_session=True,
             )
 
-    def _not_started(self, error: ChannelError, log: IO[bytes]) -> SandboxError:
+    def _not_started(self, error: Exception, log: IO[bytes]) -> SandboxError:
         log.seek(0)
         said = log.read()[-4000:].decode(errors="replace").strip().splitlines()
         reason = said[-1] if said else str(error)

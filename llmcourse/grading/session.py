@@ -100,16 +100,16 @@ class Session:
 
     def run(self) -> list[CellResult]:
         """Run all cells in order, once. Raises SandboxError if no process can be started."""
-        while len(self.results) < len(self.cells):
-            index = len(self.results)
+        while (index := len(self.results)) < len(self.cells):
             result = CellResult(self.cells[index].id)
-            self.results.append(result)
             try:
                 self._run_cell(index, result)
             except Ended as ended:
                 result.note = ended.says
-                if ended.kind == "WallLimit":
-                    self._give_up(index, ended)
+            self.results.append(result)
+            if self.seconds >= self.limits.wall_seconds:
+                why = f"was not run: the submission {self._out_of_time().says}"
+                self.results += [CellResult(cell.id, note=why) for cell in self.cells[index + 1 :]]
         return self.results
 
     def defines(self, name: str) -> bool:
@@ -121,10 +121,11 @@ class Session:
         return answer.get("defines") is True
 
     def call(self, name: str, args: Sequence[Any], watch: Sequence[str] = (), grads: bool = False) -> Call:
-        """Call a function of the notebook (see `perform`). Arguments may hold functions: they run here.
+        """Call a function of the notebook (see `perform`). Functions among the arguments run here.
 
         A function that hangs, ends its process or exceeds a limit gives a call whose error has the kind
-        TimeLimit, WallLimit, ProcessDied, MemoryLimit, ProcessLimit, CpuLimit, FileLimit or BadAnswer.
+        TimeLimit, WallLimit, ProcessDied, MemoryLimit, ProcessLimit, CpuLimit, FileLimit, ChannelClosed or
+        BadAnswer; one whose result is too large, MessageTooLarge.
         """
         args = tuple(args)
         began = monotonic()
@@ -137,7 +138,8 @@ class Session:
                 self._drop()
                 raise Ended("BadAnswer", "sent the judge something that is no answer") from None
         except Ended as ended:
-            error = Failure(ended.kind, f"{name} {ended.says}")
+            who = "the submission" if ended.kind == "WallLimit" else name
+            error = Failure(ended.kind, f"{who} {ended.says}")
             return Call(args, error=error, seconds=monotonic() - began)
 
     def close(self) -> None:
@@ -233,11 +235,6 @@ class Session:
             process.close()
             self.cpu_seconds += process.watch.cpu_seconds
             self.peak_mb = max(self.peak_mb, process.watch.peak_mb)
-
-    def _give_up(self, index: int, ended: Ended) -> None:
-        """The rest of the cells will not run."""
-        for cell in self.cells[index + 1 :]:
-            self.results.append(CellResult(cell.id, note=f"was not run: the submission {ended.says}"))
 
 
 def _failure(found: dict[str, Any]) -> Failure:

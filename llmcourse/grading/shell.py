@@ -42,6 +42,9 @@ class Hook(DisplayHook):
 
     shell: Any
 
+    def quiet(self) -> bool:
+        return bool(self.semicolon_at_end_of_expression(self.shell.source))
+
     def write_output_prompt(self) -> None:
         pass
 
@@ -61,7 +64,7 @@ class Shell(InteractiveShell):
     displayhook_class = Type(Hook)
     display_pub_class = Type(Publisher)
     sinks: dict[str, Stream]
-    cell = ""
+    cell = source = ""
 
     @classmethod
     def start(cls) -> Shell:
@@ -79,7 +82,7 @@ class Shell(InteractiveShell):
 
     def run(self, cell: str, source: str, text_kept: int) -> tuple[Shown, BaseException | None]:
         """Run a cell. Returns what it showed, and what it raised."""
-        self.cell = cell
+        self.cell, self.source = cell, source
         shown = self.show_in(Shown(text_kept))
         error: BaseException | None
         try:
@@ -100,6 +103,9 @@ class Shell(InteractiveShell):
 
     def show(self, data: dict[str, Any], result: bool) -> None:
         self.sinks["stdout"].shown.data(data, result)
+
+    def enable_gui(self, gui: str | None = None) -> None:
+        """Figures are inline."""
 
     # IPython 9 keeps all that is printed for its history, and that may be gigabytes.
     def _tee(self, channel: str) -> Any:
