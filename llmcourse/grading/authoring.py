@@ -11,7 +11,6 @@ check   make it afresh, show the first difference, and run the gates (see `gates
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from nbformat import NotebookNode
 import llmcourse
 from llmcourse.errors import UnknownNameError
 from llmcourse.grading import converting
+from llmcourse.grading.files import write_whole
 from llmcourse.runner import canonical, maintain
 from llmcourse.runner.gates import Problem
 
@@ -115,7 +115,7 @@ def source_path(root: Path, lab: str) -> Path:
 def canonical_source(path: Path) -> bool:
     """Rewrite a source: canonical form, no outputs, this version's set-up cell. Tells whether it changed."""
     nb = clean(maintain.with_head(canonical.read(path), path.stem, folder_of(path.stem)))
-    return _write(path, canonical.dumps(nb).encode())
+    return write_whole(path, canonical.dumps(nb).encode())
 
 
 def folder_of(lab: str) -> str:
@@ -181,7 +181,7 @@ def _put(wanted: dict[str, bytes], folder: Path) -> list[str]:
         (folder / name).unlink()
         changed.append(f"removed {name}")
     for name, data in wanted.items():
-        if _write(folder / name, data):
+        if write_whole(folder / name, data):
             changed.append(name)
     for below in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         if not any(below.iterdir()):
@@ -198,22 +198,6 @@ def _files(folder: Path) -> dict[str, bytes]:
         for name, path in names.items()
         if not any(part == "__pycache__" or part == ".ipynb_checkpoints" for part in name.parts)
     }
-
-
-def _write(path: Path, data: bytes) -> bool:
-    if path.is_file() and path.read_bytes() == data:
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.chmod(scratch, path.stat().st_mode if path.exists() else 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return True
 
 
 def _first_change(old: bytes, new: bytes) -> str:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol, TypeVar
@@ -188,9 +188,9 @@ def leaked_bytes(*, arguments: Sequence[object] = ()) -> Iterator[Count]:
     from llmcourse.grading.cost_traced import numpy_memory
 
     count = Count()
-    with ExitStack() as stack:
-        arrays = stack.enter_context(numpy_memory())
-        tensors = stack.enter_context(_torch_part().Births()).memory if sys.modules.get("torch") else Tally()
+    births = _torch_part().Births() if sys.modules.get("torch") else None
+    with numpy_memory() as arrays, births or nullcontext():
+        tensors = births.memory if births else Tally()
         yield count
         if tensors.held or arrays():
             gc.collect()

@@ -103,10 +103,11 @@ class _Kept:
             tally.drop(where)
 
     def unpack(self) -> torch.Tensor:
-        if self.tensor._version != self.version:
+        shape, now = list(self.tensor.shape), self.tensor._version
+        if now != self.version:
             raise GraphError(
-                f"a tensor of shape {list(self.tensor.shape)}, saved for the backward pass, has been modified "
-                f"by an in-place operation: saved at version {self.version}, it is at {self.tensor._version}.",
+                f"a tensor of shape {shape}, saved for the backward pass, has been modified by an in-place "
+                f"operation: saved at version {self.version}, it is now at {now}.",
                 "Its gradient would be computed from numbers that are no longer there.",
                 "the operation that makes a new tensor (y = y + 1) in place of the one that writes (y += 1).",
             )
@@ -130,6 +131,10 @@ def watch_saved(arguments: Sequence[object]) -> Iterator[tuple[Tally, Tally]]:
 
 class Operations(TorchDispatchMode):
     """Calls `saw` after every ATen operation of the block."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # skipping the compiler imports it, at the first operation: seconds, inside the block
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -64,7 +64,7 @@ def terms(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 def one_sample(observed: np.ndarray, expected: np.ndarray) -> float:
     """p of the counts of two pools or more, given what was expected of each."""
-    from scipy.stats import binom, chi2
+    from scipy.special import bdtr, bdtrc, chdtrc
 
     n, rest = round(observed.sum()), int(expected[0] < LEAST)
     usual, there = observed[rest:], expected[rest:]
@@ -72,18 +72,18 @@ def one_sample(observed: np.ndarray, expected: np.ndarray) -> float:
     if len(usual) > 1 and m:
         there = there * (m / there.sum())
         g = terms(usual, there).sum() / correction(there)
-        parts.append(JUMPS * chi2.sf(g, len(usual) - 1))
+        parts.append(JUMPS * chdtrc(len(usual) - 1, g))
     elif len(usual) > 1:
         parts.append(1.0)
     if rest:
-        rare = binom(n, expected[0] / expected.sum())
-        parts.append(2 * min(rare.cdf(observed[0]), rare.sf(observed[0] - 1)))
+        rare, x = expected[0] / expected.sum(), round(observed[0])
+        parts.append(2 * min(bdtr(x, n, rare), bdtrc(x - 1, n, rare) if x else 1.0))
     return min(1.0, len(parts) * float(min(parts)))
 
 
 def two_samples(a: np.ndarray, b: np.ndarray) -> float:
     """p of two samples' counts in two pools or more, which both share one unknown distribution."""
-    from scipy.stats import chi2, hypergeom
+    from scipy.special import chdtrc
 
     n, m = round(a.sum()), round(b.sum())
     rest = int((a[0] + b[0]) * min(n, m) / (n + m) < LEAST)
@@ -91,10 +91,12 @@ def two_samples(a: np.ndarray, b: np.ndarray) -> float:
     if len(x) > 1 and x.sum() and y.sum():
         columns, share = x + y, x.sum() / (x.sum() + y.sum())
         g = (terms(x, columns * share) + terms(y, columns * (1 - share))).sum()
-        parts.append(JUMPS * chi2.sf(g / correction(columns, (share, 1 - share)), len(x) - 1))
+        parts.append(JUMPS * chdtrc(len(x) - 1, g / correction(columns, (share, 1 - share))))
     elif len(x) > 1:
         parts.append(1.0)
     if rest:
+        from scipy.stats import hypergeom
+
         rare = hypergeom(n + m, round(a[0] + b[0]), n)
         parts.append(2 * min(rare.cdf(a[0]), rare.sf(a[0] - 1)))
     return min(1.0, len(parts) * float(min(parts)))

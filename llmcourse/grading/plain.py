@@ -102,7 +102,8 @@ class _Rebuild:
 
         with torch.no_grad():
             base = torch.Tensor.detach(v)
-            if type(base) is not torch.Tensor or base.layout != torch.strided or base.is_meta:
+            strided = type(base) is torch.Tensor and base.layout == torch.strided
+            if not strided or base.is_meta or base.is_nested:
                 raise self._refuse(v, "Only ordinary (strided) tensors with data can be compared.")
             if str(base.dtype).removeprefix("torch.") not in TENSORS:
                 raise self._refuse(v, f"It is a tensor of {base.dtype}, which can't be compared.")
@@ -181,7 +182,7 @@ def pack(message: Any, callable_id: CallableId | None = None) -> bytes:
             f"a {kind.__name__} cannot be sent.", "Only plain data travels.", "plain(value) first."
         )
 
-    text = json.dumps(head(message), allow_nan=False).encode("utf-8", "surrogatepass")
+    text = json.dumps(head(message), allow_nan=False, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return b"".join([struct.pack("<Q", len(text)), text, *buffers])
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any
@@ -42,6 +43,10 @@ class Ended(Exception):
         super().__init__(f"{kind}: it {says}")
 
 
+def no_answer() -> Ended:
+    return Ended("BadAnswer", "sent the judge something that is no answer")
+
+
 class Process:
     """A learner's process, in a sandbox or (`sandboxed=False`) as a process like any other.
 
@@ -62,7 +67,8 @@ class Process:
         self.limits, self.sandboxed = limits, sandboxed
         self.judging = 0.0  # seconds that functions of ours took within its calls
         self._n = 0
-        self._functions: dict[int, Callable[..., Any]] = {}
+        self._functions: dict[int, Callable[..., Any]] = {}  # among the arguments of the call that runs
+        self._numbers = count(1)
         self._folder = None if sandboxed else Path(tempfile.mkdtemp(prefix="llmcourse-"))
         self._mark = f"{MARK}={secrets.token_hex(8)}"
         self.channel, theirs = pair(limits.message_mb * MB)
@@ -151,7 +157,7 @@ class Process:
             self.channel.send({"n": self._n, **request}, deadline, self._keep)
             while True:
                 answer = self.channel.receive(deadline)
-                if not isinstance(answer, dict) or answer.get("n") != self._n:
+                if type(answer) is not dict or not _is(answer.get("n"), self._n):
                     raise ChannelGarbage("an answer to another question")
                 if "ask" not in answer:
                     return answer
@@ -164,7 +170,7 @@ class Process:
         except ChannelTimeout:
             raise self._end(Ended("TimeLimit", late)) from None
         except ChannelGarbage:
-            raise self._end(Ended("BadAnswer", "sent the judge something that is no answer")) from None
+            raise self._end(no_answer()) from None
         except ChannelClosed:
             raise self._end(None) from None
         except BaseException:  # ours, such as an interrupt: what is under way cannot be taken up again
@@ -172,24 +178,21 @@ class Process:
             raise
 
     def _keep(self, fn: Callable[..., Any]) -> int:
-        number = next(
-            (i for i, known in self._functions.items() if known is fn), self._n * 1000 + len(self._functions)
-        )
-        self._functions[number] = fn
+        """The number by which the other side calls `fn`."""
+        for number, known in self._functions.items():
+            if known is fn:
+                return number
+        self._functions[number := next(self._numbers)] = fn
         return number
 
     def _call_here(self, question: dict[str, Any]) -> dict[str, Any]:
-        fn = self._functions.get(question["ask"])
-        if fn is None:
-            return {
-                "raised": "RuntimeError",
-                "message": "that function was an argument of a call that is over",
-            }
         try:
-            value = fn(*question["args"], **question["kwargs"])
+            fn = self._functions.get(question["ask"])
+            if fn is None:
+                raise RuntimeError("that function was an argument of a call that is over")
+            return {"value": fn(*question["args"], **question["kwargs"])}
         except Exception as error:
             return {"raised": type(error).__name__, "message": str(error)[:2000]}
-        return {"value": value}
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────
 
@@ -233,10 +236,15 @@ class Process:
         return Ended("ProcessDied", how)
 
 
+def _is(found: Any, number: int) -> bool:
+    """Whether what arrived is that number: an array in its place would compare element by element."""
+    return type(found) is int and found == number
+
+
 def _course_environment(folder: Path) -> dict[str, str]:
     """Of the sandbox's environment, what a process on the learner's own machine needs too."""
     env = sandbox.environment(str(folder))
-    theirs = ("HOME", "USER", "PATH", "LANG", "TMPDIR", "MPLCONFIGDIR")
+    theirs = ("HOME", "USER", "PATH", "LANG", "TMPDIR", "MPLCONFIGDIR", "PYTHONDONTWRITEBYTECODE")
     return {name: value for name, value in env.items() if name not in theirs}
 
 

@@ -54,7 +54,11 @@ def judged_notebook(intake: Intake, judged: Judged) -> NotebookNode:
     """The clean notebook with the results in its metadata, ready for `replay`."""
     nb = copy.deepcopy(intake.notebook)
     marks = {
-        name: {"ok": mark.get("ok") is True, "state": str(mark.get("state", "")), "text": text(mark.get("text"))}
+        name: {
+            "ok": mark.get("ok") is True,
+            "state": str(mark.get("state", "")),
+            "text": text(mark.get("text")),
+        }
         for name, mark in judged.marks.items()
     }
     results = {

@@ -12,6 +12,7 @@ that ended one. So one exercise that hangs does not take the marks of the others
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from llmcourse.grading.limits import Limits
 from llmcourse.grading.outputs import clean_text, cleaned
 from llmcourse.grading.perform import Call, Failure
-from llmcourse.grading.process import Ended, Process
+from llmcourse.grading.process import Ended, Process, no_answer
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Session:
 
     hide        files and folders (Path), modules (str) that are out of its sight
     forbidden   modules whose import fails, and that are out of its sight
-    slot        a number that no other session has at the same time
+    slot        a number that no other session has at the same time; by default, this process's id
     sandbox     False: an ordinary process, for a learner's own code on their own machine
 
     Use it in one thread: its processes end with the thread that started them.
@@ -79,9 +80,10 @@ class Session:
         sandbox: bool = True,
         hide: Iterable[Path | str] = (),
         forbidden: Iterable[str] = (),
-        slot: int = 0,
+        slot: int | None = None,
     ) -> None:
-        self.cells, self.limits, self.sandbox, self.slot = list(cells), limits or Limits(), sandbox, slot
+        self.cells, self.limits, self.sandbox = list(cells), limits or Limits(), sandbox
+        self.slot = os.getpid() if slot is None else slot
         self.hide, self.forbidden = list(hide), list(forbidden)
         self.results: list[CellResult] = []
         self.starts = 0
@@ -136,7 +138,7 @@ class Session:
                 return Call.from_plain(answer["call"], args)
             except Exception:  # whatever a wrong form leads to
                 self._drop()
-                raise Ended("BadAnswer", "sent the judge something that is no answer") from None
+                raise no_answer() from None
         except Ended as ended:
             who = "the submission" if ended.kind == "WallLimit" else name
             error = Failure(ended.kind, f"{who} {ended.says}")
@@ -155,24 +157,25 @@ class Session:
         return self._ask(self._ready(len(self.cells)), self.limits.call_seconds, late, **request)
 
     def _run_cell(self, index: int, result: CellResult) -> None:
-        cell, limit = self.cells[index], self.limits.cell_seconds
         process = self._ready(index)
         began = monotonic()
         try:
-            answer = self._ask(
-                process, limit, f"did not end within {limit:g} s", do="cell", id=cell.id, source=cell.source
-            )
+            answer = self._ask_for_cell(process, index)
             result.outputs = cleaned(answer, index + 1, self.limits.output_chars)
             result.error = None if answer["error"] is None else _failure(answer["error"])
-        except Ended:
+        except Exception as error:
             self._fatal.add(index)
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError):
+            if isinstance(error, Ended):
+                raise
             self._drop()
-            self._fatal.add(index)
-            raise Ended("BadAnswer", "sent the judge something that is no answer") from None
+            raise no_answer() from None  # whatever a wrong form led to
         finally:
             result.seconds = monotonic() - began
+
+    def _ask_for_cell(self, process: Process, index: int) -> dict[str, Any]:
+        cell, limit = self.cells[index], self.limits.cell_seconds
+        late = f"did not end within {limit:g} s"
+        return self._ask(process, limit, late, do="cell", id=cell.id, source=cell.source)
 
     def _ready(self, count: int) -> Process:
         """A process in which the first `count` cells have run, but for those that ended one."""
@@ -182,10 +185,7 @@ class Session:
             process = self._start()
             try:
                 for index in [i for i in range(count) if i not in self._fatal]:
-                    cell, limit = self.cells[index], self.limits.cell_seconds
-                    self._ask(
-                        process, limit, "did not end in time", do="cell", id=cell.id, source=cell.source
-                    )
+                    self._ask_for_cell(process, index)
             except Ended as ended:
                 if ended.kind == "WallLimit":
                     raise

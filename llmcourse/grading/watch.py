@@ -89,7 +89,7 @@ def children(process: psutil.Process) -> list[int]:
         return [
             int(pid) for thread in os.listdir(threads) for pid in _read(threads / thread / "children").split()
         ]
-    except FileNotFoundError:
+    except OSError:  # it has ended, or this system has no such list
         pass
     try:
         return [p.pid for p in process.children()]

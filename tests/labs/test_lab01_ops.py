@@ -38,7 +38,7 @@ def first_failing(verdict: Verdict) -> str:
 
 @st.composite
 def batch_axes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The front axes of two operands that broadcast: each axis shared, stretched in one, or missing in one."""
+    """The front axes of two operands that broadcast: each shared, stretched in one, or missing in one."""
     full = draw(st.lists(st.integers(0, 3), max_size=3))
     a, b = ([n if draw(st.booleans()) else 1 for n in full] for _ in range(2))
     missing = draw(st.integers(0, len(full)))

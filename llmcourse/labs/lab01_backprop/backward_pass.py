@@ -59,7 +59,7 @@ RUNAWAY = 2000  # calls of vjp: enough for every route through the small graphs
 
 
 def times(grad: Any, local: Any) -> Any:
-    """`grad` times a local derivative: a Jacobian if it has two axes and grad one, else element by element."""
+    """`grad` times a local derivative: a Jacobian if grad has one axis and it has two, else elementwise."""
     return grad @ local if np.ndim(local) == 2 and np.ndim(grad) == 1 else grad * local
 
 

@@ -198,7 +198,7 @@ def over_h(f: Any, x: Any, h: Any = 6e-6) -> Any:
 
 
 @numeric_gradient.mistake(
-    says="a missing pair of parentheses: a / 2 * h is (a / 2)·h",
+    says="the difference is multiplied by h, not divided by it: a / 2 * h is (a / 2)·h",
     tries="/ (2 * h).",
     caught_by="values",
 )
@@ -368,7 +368,7 @@ def backward(f: Any, x: Any, h: Any = 6e-6) -> Any:
     tries="h near the cube root of 2.2e-16, about 6e-6.",
     caught_by="accuracy",
 )
-def tiny_step(f: Any, x: Any, h: Any = 1e-12) -> Any:
+def tiny_step(f: Any, x: Any, h: Any = 1e-13) -> Any:
     return central(f, x, h)
 
 

@@ -177,6 +177,25 @@ def deep(t: Trial) -> None:
 
 
 @topological_order.mistake(
+    says="the function calls itself once for each node on the way down, and Python stops at 1,000 such calls",
+    tries="a list of your own as the stack: pairs of a node and an iterator over its parents.",
+    caught_by="deep",
+)
+def recursive(root: Any, parents: Any) -> Any:
+    order, seen = [], set()
+
+    def visit(node: Any) -> None:
+        seen.add(node)
+        for parent in parents(node):
+            if parent not in seen:
+                visit(parent)
+        order.append(node)
+
+    visit(root)
+    return order[::-1]
+
+
+@topological_order.mistake(
     says="the nodes are listed breadth first, by their distance from the root",
     tries="noting a node when all of its parents have been noted, and reversing the list at the end.",
     caught_by="consumers_first",
@@ -319,25 +338,6 @@ def truthiness(root: Any, parents: Any) -> Any:
         else:
             order.append(node)
             stack.pop()
-    return order[::-1]
-
-
-@topological_order.mistake(
-    says="the function calls itself once for each node on the way down, and Python stops at 1,000 such calls",
-    tries="a list of your own as the stack: pairs of a node and an iterator over its parents.",
-    caught_by="deep",
-)
-def recursive(root: Any, parents: Any) -> Any:
-    order, seen = [], set()
-
-    def visit(node: Any) -> None:
-        seen.add(node)
-        for parent in parents(node):
-            if parent not in seen:
-                visit(parent)
-        order.append(node)
-
-    visit(root)
     return order[::-1]
 
 
