@@ -82,6 +82,12 @@ def _lab(args: argparse.Namespace) -> int:
     )
 
 
+def _labs(args: argparse.Namespace) -> int:
+    from llmcourse.grading import authoring
+
+    return authoring.command(args.action, args.names)
+
+
 def _grade(args: argparse.Namespace) -> int:
     from llmcourse.grading import command
 
@@ -159,6 +165,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--cluster", metavar="ADDRESS", help="judge on this Ray cluster")
     p.add_argument("--unsafe", action="store_true", help="run submissions without a sandbox")
     p.add_argument("--again", action="store_true", help="judge anew what was judged before")
+
+    p = add("labs", _labs, "make the labs from their solutions, and check them (for their authors)")
+    p.add_argument("action", choices=["build", "check", "report"])
+    p.add_argument("names", nargs="*", metavar="NAME", help="e.g. 01 (default: all)")
 
     p = add("bench", _bench, "measure, and keep the result as a record")
     p.add_argument("names", nargs="*", metavar="NAME", help="benchmarks (default: all)")

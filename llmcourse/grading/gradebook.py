@@ -27,7 +27,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from llmcourse.errors import DiskError, UnknownNameError
+from llmcourse.errors import DiskError, NotebookError, UnknownNameError
 from llmcourse.grading import converting, database, feedback, marks
 from llmcourse.grading.database import GradebookError, Score
 from llmcourse.grading.files import write_whole
@@ -66,6 +66,8 @@ class Course:
 
     Methods take a `Lab` (what they need is its name and its exercises' names and titles).
     """
+
+    patience = 10.0  # seconds to wait for another process that ends
 
     def __init__(self, folder: Path, db_url: str | None = None) -> None:
         converting.require()
@@ -267,7 +269,7 @@ class Course:
 
         if self._lock is not None:
             return
-        lock = FileLock(self.folder / ".lock", timeout=10, is_singleton=True)
+        lock = FileLock(self.folder / ".lock", timeout=self.patience, is_singleton=True)
         try:
             lock.acquire()
         except Timeout as error:
@@ -325,7 +327,16 @@ class Course:
             shutil.copytree(source, into, ignore=authoring.IGNORED)
         write_whole(into / f"{lab}.ipynb", authoring.canonical.dumps(notebook))
         assert self.engine is not None  # the tables, before nbgrader looks for them
-        converting.generate(converting.configuration(self.folder, self.db_url), lab)
+        try:
+            converting.generate(converting.configuration(self.folder, self.db_url), lab)
+        except NotebookError as error:
+            if "submissions associated" not in error.why:
+                raise
+            raise GradebookError(
+                f"{lab} has submissions in this gradebook, and graded or solution cells that are no longer the same.",
+                "Their marks belong to cells that the lab no longer has, or lack cells that are new.",
+                "--course with a new folder for the changed lab, or the version of the lab that was handed out.",
+            ) from error
         self._orders.pop(lab, None)
         write_whole(state, json.dumps(done | {lab: fingerprint}, indent=1))
 

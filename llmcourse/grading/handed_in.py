@@ -298,12 +298,12 @@ class _Faults:
 
     def remarks(self) -> list[str]:
         told = {
-            "that are none were left out": self.unreadable,
-            f"longer than {MAX_SOURCE:,} characters were left out": self.long,
-            "lost characters that are no text (NUL and broken pairs)": self.characters,
-            "lost pictures or files that are not whole PNG pictures": self.pictures,
+            "left out: no cell of a notebook": self.unreadable,
+            f"left out: more than {MAX_SOURCE:,} characters": self.long,
+            "mended: characters that are no text (NUL and broken pairs)": self.characters,
+            "without attachments that are not whole PNG pictures": self.pictures,
         }
-        return [f"{count} cell{'s' if count > 1 else ''} {what}" for what, count in told.items() if count]
+        return [f"{count} of its cells {what}" for what, count in told.items() if count]
 
 
 def _cell(cell: Any, faults: _Faults) -> RawCell | None:

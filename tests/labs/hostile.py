@@ -357,10 +357,9 @@ def reading_the_solutions(w: Workshop) -> None:
 def searching_for_the_hidden_tests(w: Workshop) -> None:
     look = (
         "import glob, os, pathlib\nfound = []\n"
-        "for top, _, names in os.walk('/'):\n"
-        "    if not top.startswith(('/proc', '/sys', '/usr')):\n"
-        "        found += [os.path.join(top, n) for n in names if n.endswith(('.ipynb', '.db', '.key'))]\n"
-        "    if len(found) > 9: break\n"
+        "for top, folders, names in os.walk('/'):\n"
+        "    folders[:] = [f for f in folders if f not in ('proc', 'sys', 'usr', 'site-packages')]\n"
+        "    found += [os.path.join(top, n) for n in names if n.endswith(('.ipynb', '.db', '.key'))]\n"
     )
     w.save(w.notebook(sum_to=wrong(before=look, inside="assert not found, found; raise LookupError('none')")))
 

@@ -234,6 +234,17 @@ def test_accumulated_micro_batches_save_the_most_of_one_of_them() -> None:
     assert cost("saved_bytes", lambda: (a.exp() * 2).sum().backward(), (a, b))["saved_bytes"] == BYTES
 
 
+def test_memory_that_two_operations_share_is_held_until_both_let_go() -> None:
+    a, _ = vectors()
+
+    def shared() -> list[torch.Tensor]:
+        y = a.exp()
+        y.sin()  # kept y too, and is gone
+        return [y, a.exp()]
+
+    assert cost("saved_bytes", shared, (a,)) == {"saved_bytes": 2 * BYTES, "saved_argument_bytes": 0}
+
+
 def test_tensors_hidden_from_autograd_are_seen_by_what_the_call_keeps_alive() -> None:
     class Hidden(torch.autograd.Function):
         @staticmethod

@@ -453,6 +453,22 @@ def test_a_mistake_that_also_writes_is_still_recognised_by_what_it_fails_first()
     assert verdict(summed_in_place).mistake.name == "summed"
 
 
+def test_a_mistake_that_would_have_failed_earlier_is_not_named():
+    exercise = exercise_mean()
+
+    @exercise.check("a mean over the last axis")
+    def last(t: Trial) -> None:
+        x = t.normal(3, 5)
+        t.close(t.call(x, -1), x.mean(axis=-1))
+
+    def summed_over_the_last(x, axis):
+        return x.sum(axis=axis) if axis == -1 else x.mean(axis=axis)
+
+    failed = verdict(summed_over_the_last, exercise=exercise)
+    assert failed.first_failure.check.name == "last"
+    assert failed.mistake is None, "`summed` answers this check alike, but would have failed the first"
+
+
 def test_a_function_that_asks_more_often_is_another_mistake():
     exercise = exercise_mean()
 

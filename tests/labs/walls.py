@@ -36,7 +36,7 @@ def connect(family, address):
 
 def touch(folder):
     with open(f"{folder}/touched", "w"):
-        pass
+        os.unlink(f"{folder}/touched")
 
 def fill(folder):
     written = 0

@@ -191,15 +191,15 @@ def none_wanted(t: Trial) -> None:
     edges = [[1, 2], [3, 4], [4], [5], [], []]
     for _ in range(2):
         g = graph(letters(t, 6), edges)
-        for cut in [(1, 0), (1, 1), (0, 1), (0, 0)]:
+        for cut in [(1, 1), (2, 0), (1, 0), (0, 1), (0, 0)]:
             for value in (None, 0.0):
                 local = _locals(t, g)
                 local[g.nodes[cut[0]]][cut[1]] = value
-                vjp = Asked(g, local)
+                vjp, reached = Asked(g, local), path_sums(g, local, 3.0)
                 _agree(t, g, local, 3.0, vjp)
                 for node, _ in vjp.seen:
                     t.holds(
-                        node in path_sums(g, local, 3.0),
+                        node in reached,
                         f"vjp was called for {node!r}, to which no gradient was sent",
                         "passing over the nodes that have no gradient when their turn comes.",
                     )
@@ -427,6 +427,34 @@ def none_added(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
     for node in order:
         for parent, sent in zip(parents(node), vjp(node, grads[node]), strict=True):
             grads[parent] = grads[parent] + sent if parent in grads else sent
+    return grads
+
+
+@backward_pass.mistake(
+    says="the dict is asked for the gradient of a node to which none was sent",
+    tries="passing over the nodes that are not in the dict when their turn comes.",
+    caught_by="none_wanted",
+)
+def unreached(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
+    grads = {order[0]: grad}
+    for node in order:
+        for parent, sent in zip(parents(node), vjp(node, grads[node]), strict=True):
+            if sent is not None:
+                grads[parent] = grads[parent] + sent if parent in grads else sent
+    return grads
+
+
+@backward_pass.mistake(
+    says="vjp is called for a node to which no gradient was sent",
+    tries="passing over the nodes that are not in the dict when their turn comes.",
+    caught_by="none_wanted",
+)
+def sent_on_none(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
+    grads = {order[0]: grad}
+    for node in order:
+        for parent, sent in zip(parents(node), vjp(node, grads.get(node)), strict=True):
+            if sent is not None:
+                grads[parent] = grads[parent] + sent if parent in grads else sent
     return grads
 
 
