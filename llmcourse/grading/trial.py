@@ -169,7 +169,8 @@ class Trial:
     def pair(self, got: Any, count: int, what: str) -> tuple[Any, ...]:
         """`got` as a tuple of `count` results."""
         if not isinstance(got, list | tuple) or len(got) != count:
-            raise Mismatch(f"the result is {compare.describe(got)}, expected {what}")
+            missing = ": is a `return` missing?" if got is None else ""
+            raise Mismatch(f"the result is {compare.describe(got)}, expected {what}{missing}")
         return tuple(got)
 
     def unchanged(self) -> None:

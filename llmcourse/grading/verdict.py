@@ -60,7 +60,8 @@ class Verdict:
 
     @property
     def not_yet(self) -> bool:
-        return any(r.kind == NOT_YET for r in self.results)
+        first = self.first_failure
+        return first is not None and first.kind == NOT_YET
 
     @property
     def first_failure(self) -> Result | None:
@@ -133,6 +134,8 @@ def run_check(exercise: Exercise, check: Check, subject: Subject, seed: int) -> 
         failure = error.failure
         kind = failure.kind
         text, tries = raised(failure.kind, failure.message, failure.line, failure.source), ""
+    except Exception as error:  # a check that cannot cope with a result must not stop a class's grading
+        kind, text = "CheckError", f"the result could not be judged ({type(error).__name__}: {error})"
     if text and (inputs := trial.inputs()):
         text = f"{inputs}: {text}" if len(inputs) + len(text) < 160 else f"{inputs}\n{text}"
     return Result(check, not kind, text, tries, kind, trial.calls, trial.counts)
@@ -150,7 +153,7 @@ def _results(exercise: Exercise, subject: Subject, seed: int) -> Iterator[Result
     for check in exercise.checks:
         result = run_check(exercise, check, subject, seed)
         yield result
-        if result.kind == NOT_YET:
+        if result.kind == NOT_YET and check is exercise.checks[0]:
             return
 
 
@@ -160,7 +163,9 @@ def recognise(exercise: Exercise, results: Sequence[Result], seed: int) -> Mista
     Every check must agree; failing that, the mistake that agrees in the failing check and in the most
     others. A mistake that agrees only in part must have the same first failure.
     """
-    first = next(r for r in results if not r.ok)
+    first = next((r for r in results if not r.ok), None)
+    if first is None:
+        return None
     best: tuple[int, Mistake] | None = None
     for mistake in exercise.mistakes:
         agreed, failing = 0, False

@@ -221,10 +221,13 @@ def shapes(t: Trial) -> None:
 
 
 class Shared(Asked):
-    """Additions send one and the same array to all of their parents, as `return grad, grad` does."""
+    """Additions send one and the same array to all of their parents, as `return grad, grad` does.
+
+    It is a new array, so that the outcome is the same where the arrays that vjp is given are copies.
+    """
 
     def send(self, node: Node, grad: Any) -> list[Any]:
-        return [grad] * len(self.local[node])
+        return [np.array(grad)] * len(self.local[node])
 
 
 @backward_pass.check("no array that came in or was sent by vjp is written to")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llmcourse.grading.compare import as_array
 from llmcourse.grading.exercise import Exercise
 from llmcourse.grading.trial import Trial
 
@@ -100,7 +101,7 @@ def formats(t: Trial) -> None:
     for dtype in (np.float64, np.float32):
         for shape in [(m,), (n, 1), (n, m)]:
             got = t.call(t.normal(n, m, dtype=dtype), shape)
-            t.equal(str(np.asarray(got).dtype), np.dtype(dtype).name, "number format")
+            t.equal(str(as_array(got).dtype), np.dtype(dtype).name, "number format")
             t.unchanged()
 
 
