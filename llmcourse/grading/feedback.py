@@ -18,8 +18,10 @@ from llmcourse.grading.feedback_page import TEMPLATE
 from llmcourse.grading.gates import CHECK_PREFIX
 from llmcourse.grading.record import results_of
 
-MAX_RENDERED = 20_000  # characters; a longer answer is shown as it was typed
+MAX_RENDERED = 20_000  # characters; longer code or a longer answer is shown as it was typed
+MAX_PAGE = 100_000  # characters of code and answers; what follows them too
 
+IN_WORDS = "In your own words"
 LABELS = {
     "passed": "passed",
     "failed": "not yet right",
@@ -34,7 +36,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 class Part:
     """A piece of a section: the learner's code, an answer, text that a cell printed, or a picture."""
 
-    kind: str  # code, answer, text, error, picture
+    kind: str  # code, answer, plain (either, as typed), text, error, picture
     content: Any
 
 
@@ -76,8 +78,11 @@ def page(lab: Any, score: Score, nb: Mapping[str, Any]) -> str:
 
 def _sections(lab: Any, score: Score, nb: Mapping[str, Any], marks: Mapping[str, Any]) -> list[Section]:
     titles = {e.name: e.title for e in getattr(lab, "exercises", ())}
-    sections = {name: Section(name, titles.get(name, name), mark) for name, mark in score.marks.items()}
-    place = next(iter(sections), "")
+    sections = {
+        name: Section(name, titles.get(name, IN_WORDS if mark.by_hand else name), mark)
+        for name, mark in score.marks.items()
+    }
+    place, left = next(iter(sections), ""), MAX_PAGE
     for cell in nb.get("cells", []):
         own = cell.get("metadata", {}).get("nbgrader", {})
         name = str(own.get("grade_id", ""))
@@ -91,7 +96,9 @@ def _sections(lab: Any, score: Score, nb: Mapping[str, Any], marks: Mapping[str,
         if own.get("solution"):
             place = name
         if place in sections and (own.get("solution") or not own) and not _is_the_labs(cell):
-            sections[place].parts += _parts(cell)
+            size = len(_joined(cell.get("source")))
+            left -= size
+            sections[place].parts += _parts(cell, plain=size > MAX_RENDERED or left < 0)
     for section in sections.values():
         if section.mark and section.mark.by_hand:
             section.state = "waits" if section.mark.needs_review else "marked"
@@ -104,12 +111,19 @@ def _is_the_labs(cell: Mapping[str, Any]) -> bool:
     return not solution and not str(cell.get("id", "")).startswith("own-")
 
 
-def _parts(cell: Mapping[str, Any]) -> list[Part]:
+def _parts(cell: Mapping[str, Any], plain: bool) -> list[Part]:
     source = _joined(cell.get("source"))
     if cell.get("cell_type") == "markdown":
         pictures = [_joined(bundle.get("image/png")) for bundle in cell.get("attachments", {}).values()]
-        return [Part("answer", _rendered(source)), *(Part("picture", data) for data in pictures)]
-    parts = [Part("code", _highlighted(source))] if source.strip() else []
+        return [
+            Part("plain" if plain else "answer", source if plain else _rendered(source)),
+            *(Part("picture", data) for data in pictures),
+        ]
+    parts = (
+        [Part("plain" if plain else "code", source if plain else _highlighted(source))]
+        if source.strip()
+        else []
+    )
     for output in cell.get("outputs", []):
         if output["output_type"] == "stream":
             parts.append(Part("text", _joined(output["text"])))
@@ -128,11 +142,8 @@ def _joined(value: Any, between: str = "") -> str:
 
 def _rendered(markdown: str) -> Any:
     """An answer as HTML, without HTML of its own, pictures or links."""
-    from markupsafe import Markup
-
-    if len(markdown) > MAX_RENDERED:
-        return Markup('<p class="plain">{}</p>').format(markdown)
     from markdown_it import MarkdownIt
+    from markupsafe import Markup
 
     reader = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
     return Markup(reader.render(markdown))

@@ -44,8 +44,7 @@ pre { margin: 0; font: 13.5px/1.5 ui-monospace, monospace; white-space: pre-wrap
         padding: .7rem .9rem; margin-top: .8rem }
 .out { margin: .8rem 0 0; padding-left: .9rem; border-left: 2px solid var(--line);
        max-height: 26rem; overflow: auto }
-.out pre { color: var(--soft) } .plain { white-space: pre-wrap }
-img { max-width: 100%; height: auto; background: #fff }
+.out pre { color: var(--soft) } img { max-width: 100%; height: auto; background: #fff }
 .note { border-left: 4px solid var(--accent); padding-left: .9rem; margin-top: .9rem; white-space: pre-wrap }
 .answer > :first-child { margin-top: 0 } .answer > :last-child { margin-bottom: 0 }
 ul { margin: .4rem 0 0; padding-left: 1.2rem }
@@ -72,7 +71,7 @@ ul { margin: .4rem 0 0; padding-left: 1.2rem }
 </ul></section>
 {% endif %}
 <section class="card"><table>
-<thead><tr><th>Exercise</th><th></th><th class="n">Points</th></tr></thead><tbody>
+<thead><tr><th>Exercise</th><th>Result</th><th class="n">Points</th></tr></thead><tbody>
 {% for s in sections %}
 <tr><td><a href="#{{ s.name }}">{{ s.title }}</a></td>
 <td class="tag {{ s.state }}">{{ labels.get(s.state, s.state) }}</td>
@@ -81,7 +80,7 @@ ul { margin: .4rem 0 0; padding-left: 1.2rem }
 </tbody></table></section>
 {% for s in sections %}
 <section class="card" id="{{ s.name }}">
-<div class="head"><h2>{{ s.title }} <span class="name soft">{{ s.name }}</span></h2>
+<div class="head"><h2>{{ s.title }} {% if s.title != s.name %}<span class="name soft">{{ s.name }}</span>{% endif %}</h2>
 <span class="tag {{ s.state }}">{{ number(s.mark.points) }} / {{ number(s.mark.max) }}</span></div>
 {% if s.verdict %}
 <div class="verdict {{ s.state }}"><pre>{{ s.verdict }}</pre></div>
@@ -100,6 +99,8 @@ ul { margin: .4rem 0 0; padding-left: 1.2rem }
 <div class="well">{{ part.content }}</div>
 {% elif part.kind == "answer" %}
 <div class="well answer">{{ part.content }}</div>
+{% elif part.kind == "plain" %}
+<div class="well"><pre>{{ part.content }}</pre></div>
 {% elif part.kind == "picture" %}
 <p><img alt="a picture from your notebook" src="data:image/png;base64,{{ part.content }}"></p>
 {% else %}

@@ -42,6 +42,8 @@ CONFIG = """\
 # Start `jupyter lab` in this folder; Formgrader is in its menu Nbgrader.
 from os.path import abspath, dirname
 
+from nbgrader.server_extensions.formgrader.handlers import template_path
+
 c = get_config()
 c.CourseDirectory.course_id = "{course_id}"
 c.CourseDirectory.root = dirname(abspath(__file__))
@@ -56,6 +58,28 @@ c.ClearSolutions.text_stub = {text_stub!r}
 c.Autograde.sanitize_preprocessors = {sanitize!r}
 c.Autograde.autograde_preprocessors = {autograde!r}
 c.GenerateFeedback.preprocessors = ["llmcourse.grading.replay.NoFeedback"]
+
+c.FormgradeExtension.debug = False  # it would show this file, and a password in it, on a page
+c.HTMLExporter.extra_template_basedirs = [c.CourseDirectory.root + "/.formgrader", template_path]
+"""
+
+# Formgrader's keyboard waits for MathJax, which comes from the internet. Without it, formulas stay as typed.
+MATHJAX = """\
+{%- macro mathjax() -%}
+<script type="text/x-mathjax-config">
+MathJax.Hub.Config({
+  tex2jax: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]], processEscapes: true}, messageStyle: "none"
+});
+</script>
+<script>
+function withoutMathJax() {
+  const startup = {signal: {Interest: tell => tell("End")}};
+  window.MathJax = {Hub: {Startup: startup, Queue: () => {}, Config: () => {}}};
+}
+</script>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/mathjax/2.7.7/MathJax.js?config=TeX-AMS_CHTML,Safe"
+        onerror="withoutMathJax()"></script>
+{%- endmacro %}
 """
 
 
@@ -303,6 +327,7 @@ class Course:
             sanitize=list(SANITIZE),
             autograde=list(AUTOGRADE),
         )
+        write_whole(self.folder / ".formgrader" / "formgrade" / "mathjax.html.j2", MATHJAX)
         write_whole(path, text, mode=0o600)  # the URL may hold a password
 
     def _register(self, lab: str, source: Path | None) -> None:
@@ -333,9 +358,9 @@ class Course:
             if "submissions associated" not in error.why:
                 raise
             raise GradebookError(
-                f"{lab} has submissions in this gradebook, and graded or solution cells that are no longer the same.",
+                f"{lab} has submissions in this gradebook, and its marked cells are no longer the same.",
                 "Their marks belong to cells that the lab no longer has, or lack cells that are new.",
-                "--course with a new folder for the changed lab, or the version of the lab that was handed out.",
+                "--course with a new folder, or the version of the lab that was handed out.",
             ) from error
         self._orders.pop(lab, None)
         write_whole(state, json.dumps(done | {lab: fingerprint}, indent=1))

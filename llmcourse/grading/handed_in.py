@@ -31,7 +31,7 @@ from llmcourse.grading.inert import checked_png
 MAX_FILE_MB = 20
 MAX_BRACKETS = 500_000  # lists and dictionaries; a notebook with big pictures has a few thousand
 MAX_CELLS = 1_000
-MAX_SOURCE = 100_000  # characters of one cell
+MAX_SOURCE = 50_000  # characters of one cell
 MAX_ENTRIES = 10_000  # of a folder
 MAX_ID = 80
 MARKER = "nbgrader_config.py"  # a folder that holds this is a gradebook and not a student

@@ -42,6 +42,7 @@ from llmcourse.grading.inert import inert
 __all__ = ["Intake", "Submission", "find_submissions", "take_in"]
 
 MAX_OWN_CELLS = 300
+MAX_OWN_TEXT = 200_000  # characters of all of them
 MAX_REMARKS = 20
 
 _DEFINES = re.compile(r"^(?:async[ \t]+def|def|class)[ \t]+(\w+)", re.MULTILINE)
@@ -269,16 +270,18 @@ class _Rebuild:
         taken = {str(slot.cell.get("id")) for slot in self.slots}
         names = (name for n in range(1, 10**6) if (name := f"own-{n}") not in taken)
         own: dict[int, list[dict[str, Any]]] = {}
-        place, count = -1, 0
+        place, count, kept, left = -1, 0, 0, MAX_OWN_TEXT
         for i, cell in enumerate(self.cells):
             if i in self.used:
                 place = place_of[i]
             elif cell.source.strip():
                 count += 1
-                if count <= MAX_OWN_CELLS:
+                left -= len(cell.source)
+                if left >= 0 and kept < MAX_OWN_CELLS:
+                    kept += 1
                     own.setdefault(place, []).append(_own_cell(cell, next(names)))
-        if count > MAX_OWN_CELLS:
-            self.remarks.append(f"of {count} added cells the first {MAX_OWN_CELLS} were kept")
+        if kept < count:
+            self.remarks.append(f"of {count} added cells the first {kept} were kept")
         return own
 
 

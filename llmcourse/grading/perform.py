@@ -127,7 +127,7 @@ def perform(
         if grads:
             call.grads = tuple(g.gradient() for g in given)
     except NotPlainError as error:
-        call.error = Failure("NotPlainError", error.what, trace=str(error))
+        call.error = Failure("NotPlainError", f"{error.what} {error.why}", trace=str(error))
     except KeyboardInterrupt:
         raise  # the learner stops the check
     except BaseException as error:
@@ -194,7 +194,7 @@ def failure(error: BaseException, fn: Callable[..., Any] | None = None) -> Failu
     """What was raised, and the last line of the learner's own code on the way there."""
     frames = traceback.extract_tb(error.__traceback__)
     own = getattr(getattr(fn, "__code__", None), "co_filename", None)
-    mine = [f for f in frames if f.filename == own] or frames[1:] or frames
+    mine = [f for f in frames if f.filename == own] or frames[1:]  # the first is `perform` itself
     line, source = (mine[-1].lineno or 0, mine[-1].line or "") if mine else (0, "")
     try:
         message = str(error)

@@ -68,9 +68,9 @@ class _Rebuild:
         if kind in (list, tuple):
             self._count(len(v))
             return kind([self.value(item, depth + 1) for item in v])
-        if kind is dict:
-            self._count(len(v))
-            return {self._key(k, depth + 1): self.value(item, depth + 1) for k, item in v.items()}
+        if issubclass(kind, dict):  # a defaultdict, say; read as a dict, whatever its own methods do
+            self._count(dict.__len__(v))
+            return {self._key(k, depth + 1): self.value(item, depth + 1) for k, item in dict.items(v)}
         if kind in SCALARS:
             return v
         if issubclass(kind, np.ndarray):  # not isinstance: that asks the object
@@ -146,6 +146,7 @@ def is_tensor(value: Any) -> bool:
 def pack(message: Any, callable_id: CallableId | None = None) -> bytes:
     """Plain `message` as bytes. A function is sent as a number, where `callable_id` gives it one."""
     buffers: list[bytes] = []
+    arrays: dict[int, int] = {}  # an array that is there twice arrives as one: writing to it shows at both
 
     def keep(data: bytes) -> int:
         buffers.append(data)
@@ -170,6 +171,9 @@ def pack(message: Any, callable_id: CallableId | None = None) -> bytes:
         if isinstance(v, np.generic):
             return ["n", v.dtype.str, keep(v.tobytes())]
         if isinstance(v, np.ndarray):
+            if id(v) in arrays:
+                return ["=", arrays[id(v)]]
+            arrays[id(v)] = len(arrays)
             return ["a", v.dtype.str, list(v.shape), layout(v), keep(v.tobytes(order="C"))]
         if is_tensor(v):
             import torch
@@ -205,6 +209,7 @@ class _Unpack:
         if size > len(data) - 8:
             raise _broken("the head is cut off")
         self.data, self.at, self.make_callable = data, 8 + size, make_callable
+        self.arrays: list[np.ndarray] = []
         self.head = json.loads(data[8 : 8 + size].decode("utf-8", "surrogatepass"))
 
     def message(self) -> Any:
@@ -242,7 +247,10 @@ class _Unpack:
                 (scalar,) = self.numbers(*rest)
                 return scalar
             case "a":
-                return self.array(*rest)
+                self.arrays.append(self.array(*rest))
+                return self.arrays[-1]
+            case "=" if type(rest[0]) is int and rest[0] >= 0:
+                return self.arrays[rest[0]]
             case "T":
                 return self.tensor(*rest)
             case "F" if self.make_callable is not None:

@@ -231,8 +231,11 @@ def test_very_long_cells_and_very_many_do_not_pass(released, hand_in) -> None:
     find(nb, "double").source = "x = 1\n" * 30_000
     nb.cells += [new_code_cell(f"a{i} = {i}") for i in range(1500)]
     intake = hand_in(nb)
-    assert says(intake, "more than 100,000 characters", "1,512 cells", "the first 300 were kept")
+    assert says(intake, "more than 50,000 characters", "1,512 cells", "the first 300 were kept")
     assert len(intake.notebook.cells) == len(released.cells) + 300
+    nb = solved(released)
+    nb.cells += [new_markdown_cell("a" * 30_000) for _ in range(9)]
+    assert says(hand_in(nb), "of 9 added cells the first 6 were kept")
 
 
 # ── what the files are ───────────────────────────────────────────────────────────────────────────
@@ -487,7 +490,7 @@ def test_markdown_has_no_html_and_no_script_in_any_parser(text) -> None:
 
 
 def test_ordinary_markdown_stays_as_it_is() -> None:
-    text = "# A *title*\n\n- $a < b$, `x < 3`, 1 <2\n- [web](https://a.b), [up](#A-title), ![p](attachment:p.png)\n"
+    text = "# A *b*\n\n- $a < b$, `x < 3`, 1 <2\n- [web](https://a.b), [up](#A), ![p](attachment:p.png)\n"
     assert inert(text) == text
     assert inert("x[0]: 3, a<b") == "x[0] : 3, a< b"
 

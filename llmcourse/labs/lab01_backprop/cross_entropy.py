@@ -19,8 +19,8 @@ cross_entropy = Exercise(
     shapes=(
         "logits  array [B, C] of floats: a row for each example, a column for each class",
         "labels  array [B] of integers of any width: the right class of each row, 0 … C−1",
-        "returns (loss, grad): a single number, and its gradient with respect to logits, "
-        "[B, C] in the logits' number format",
+        "returns (loss, grad): a single number, and its gradient with respect to logits, [B,",
+        "        C] in the logits' number format",
     ),
     formula="loss = 1/B · Σ_i −log softmax(logits[i])[labels[i]],  softmax(z)[j] = exp z[j] / Σ_k exp z[k]",
     difficulty=3,

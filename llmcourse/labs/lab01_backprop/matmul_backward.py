@@ -16,10 +16,12 @@ matmul_backward = Exercise(
     title="The backward of a matrix product",
     arguments=("grad", "a", "b"),
     shapes=(
-        "a, b    arrays [..., n, k] and [..., k, m], the operands of c = a @ b, each with two axes or more",
-        "grad    array [..., n, m]: the gradient of c; its axes in front are those of a and b, broadcast",
-        "returns (grad_a, grad_b), each with the shape and the number format of its operand; "
-        "any size may be 1 or 0",
+        "a, b    arrays [..., n, k] and [..., k, m], the operands of c = a @ b, each with two",
+        "        axes or more",
+        "grad    array [..., n, m]: the gradient of c; its axes in front are those of a and",
+        "        b, broadcast",
+        "returns (grad_a, grad_b), each with the shape and the number format of its operand;",
+        "        any size may be 1 or 0",
     ),
     formula="grad_a[i, j] = Σ_l grad[i, l]·b[j, l]     grad_b[j, l] = Σ_i a[i, j]·grad[i, l]",
     difficulty=3,
