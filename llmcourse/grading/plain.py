@@ -65,10 +65,12 @@ class _Rebuild:
             return v
         if depth > MAX_DEPTH:
             raise self._refuse(v, f"It is nested more than {MAX_DEPTH} deep.")
-        if kind in (list, tuple):
-            self._count(len(v))
-            return kind([self.value(item, depth + 1) for item in v])
-        if issubclass(kind, dict):  # a defaultdict, say; read as a dict, whatever its own methods do
+        # A namedtuple or a defaultdict is read as what it extends, whatever its own methods say.
+        for base in (list, tuple):
+            if issubclass(kind, base):
+                self._count(base.__len__(v))
+                return base([self.value(item, depth + 1) for item in base.__iter__(v)])
+        if issubclass(kind, dict):
             self._count(dict.__len__(v))
             return {self._key(k, depth + 1): self.value(item, depth + 1) for k, item in dict.items(v)}
         if kind in SCALARS:

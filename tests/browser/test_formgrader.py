@@ -155,7 +155,7 @@ def page(browser: Browser, hits: list[int]) -> Iterator[Page]:
 
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     window = browser.new_page(viewport={"width": 1200, "height": 1000})
-    window.expose_function("boom", hits.append)
+    window.expose_function("boom", lambda number: hits.append(number))
     window.route("**/*", only_local)
     yield window
     window.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from fractions import Fraction
 from typing import Any
 
@@ -260,16 +260,12 @@ REFUSED = {
     "Liar": Liar(),
     "TensorLiar": TensorLiar(),
     "Loose": torch.ones(2).as_subclass(Loose),
-    "MyList": MyList([1.0]),
     "MyFloat": MyFloat(1),
     "MyInt": MyInt(1),
     "MyStr": MyStr("a"),
-    "MyDict": MyDict(),
     "MyScalar": MyScalar(1),
     "ScalarWithAFormat": ScalarWithAFormat(1),
     "Arrayish": Arrayish(),
-    "Pair": Pair(1, 2),
-    "OrderedDict": OrderedDict(),
     "Fraction": Fraction(1, 2),
     "set": {1},
     "range": range(3),
@@ -294,6 +290,22 @@ def test_anything_else_is_refused_by_name_wherever_it_is(name, inside):
         plain(inside(REFUSED[name]))
     assert refusal.value.what.startswith("the result holds a ")
     assert name in refusal.value.what
+
+
+@pytest.mark.parametrize(
+    ("value", "base"),
+    [
+        (Pair(1, (2.0,)), (1, (2.0,))),
+        (MyList([1.0, 2]), [1.0, 2]),
+        (MyDict(a=1), {"a": 1}),
+        (OrderedDict(b=[1]), {"b": [1]}),
+        (defaultdict(float, x=1.0), {"x": 1.0}),
+    ],
+)
+def test_what_extends_a_list_tuple_or_dict_is_rebuilt_as_one(value, base):
+    rebuilt = plain(value)
+    assert type(rebuilt) is type(base)
+    assert rebuilt == base
 
 
 @pytest.mark.parametrize("key", [1.0, EqualsAll, (1, 2.0), b"a", np.float64(1), MyStr("a"), frozenset()])
