@@ -19,7 +19,7 @@ TEMPLATE = """\
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, sans-serif }
-main { max-width: 54rem; margin: 0 auto; padding: 2.2rem 1.1rem 4rem }
+main { max-width: 60rem; margin: 0 auto; padding: 2.2rem 1.1rem 4rem }
 h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 } h2 { font-size: 1.15rem; margin: 0 }
 .soft { color: var(--soft) } .name { font-family: ui-monospace, monospace; font-size: .85em }
 header { display: flex; gap: 1.2rem; justify-content: space-between; align-items: end; flex-wrap: wrap }

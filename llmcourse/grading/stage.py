@@ -158,4 +158,9 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _remark(result: CellResult) -> str:
-    return f"cell {result.id}: {result.note}" if result.note else ""
+    if result.note:
+        return f"cell {result.id}: {result.note}"
+    if result.error:
+        line = f" (line {result.error.line})" if result.error.line else ""
+        return f"cell {result.id}: {result.error.kind}: {result.error.message}{line}"
+    return ""

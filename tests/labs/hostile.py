@@ -115,13 +115,13 @@ def uninterruptible_loop(w: Workshop) -> None:
     w.save(w.extended("sum_to", before=stubborn))
 
 
-@hostile((), "processes|Resource|BlockingIO")
+@hostile(SUM, "started more than 64 processes")
 def fork_bomb(w: Workshop) -> None:
     bomb = "import os\ntry:\n    while True: os.fork()\nexcept OSError as error: raise"
     w.save(w.extended("sum_to", after=bomb))
 
 
-@hostile((), "memory|MemoryError|MB")
+@hostile(SUM, "used more than 700 MB")
 def memory_bomb(w: Workshop) -> None:
     w.save(w.extended("sum_to", after="hoard = []\nwhile True: hoard.append(bytearray(1 << 26))"))
 
@@ -193,7 +193,7 @@ def edited_check_cells(w: Workshop) -> None:
     w.save(nb)
 
 
-@hostile(SUM, "check-sum_to")
+@hostile(SUM)
 def more_points_for_a_check(w: Workshop) -> None:
     nb = w.notebook(sum_to=wrong())
     cell(nb, "check-topological_order")["metadata"]["nbgrader"]["points"] = 1000

@@ -225,16 +225,17 @@ class TestCalls:
     @pytest.mark.parametrize(
         "mischief",
         [
-            "sys.stdout = None; sys.stderr = open('/dev/full', 'w'); print = None",
+            "sys.stdout = None; sys.stderr = open('/dev/full', 'w'); print = None\n"
             "os.mkdir('d'); os.chdir('d'); os.rmdir('../d')",
-            "import warnings; warnings.simplefilter('error'); np.seterr(all='raise')",
-            "import locale; locale.setlocale(locale.LC_ALL, 'C'); np.set_printoptions(precision=1)",
-            "import signal\nfor s in (2, 14, 15): signal.signal(s, signal.SIG_IGN)",
+            "import locale, random, signal, warnings\n"
+            "warnings.simplefilter('error'); np.seterr(all='raise'); locale.setlocale(locale.LC_ALL, 'C')\n"
+            "for s in (2, 14, 15): signal.signal(s, signal.SIG_IGN)\n"
+            "np.set_printoptions(precision=1); sys.setrecursionlimit(150); random.seed(0); np.random.seed(0)",
+            "sys.meta_path.clear(); sys.path.clear(); sys.modules.pop('json')",
             "import threading\ndef work():\n    while True: pass\n"
             "threading.Thread(target=work, daemon=True).start()",
-            "sys.setrecursionlimit(150); import random; random.seed(0); np.random.seed(0)",
-            "sys.meta_path.clear(); sys.path.clear()",
             "os.fork()",
+            "import ctypes\nctypes.CDLL(None).fork()",
             "import multiprocessing as m\nwith m.Pool(2) as p: print(p.map(abs, [-1, -2]))",
         ],
     )
@@ -251,76 +252,78 @@ SOCKETS = "import gc, socket\nsockets = [o for o in gc.get_objects() if isinstan
 SOCKETS += "from llmcourse.grading.plain import pack\n"
 SOCKETS += "def speak(m): sockets[0].sendall(len(pack(m)).to_bytes(8, 'little') + pack(m))\n"
 
-VERDICTS = {
-    "loop": ("while True: pass", "did not end within 1.5 s"),
-    "a loop that cannot be interrupted": (
-        "import signal\nfor s in (2, 14, 15): signal.signal(s, signal.SIG_IGN)\n"
-        "while True:\n    try: sum(range(10**12))\n    except BaseException: pass",
-        "did not end within 1.5 s",
-    ),
-    "exit": ("os._exit(0)", "ended its own process"),
-    "exit with a code": ("os._exit(3)", "ended its own process (exit code 3)"),
-    "crash": ("import ctypes; ctypes.string_at(0)", "was ended by SIGSEGV"),
-    "memory": ("kept = []\nwhile True: kept.append(np.ones(1_000_000))", "used more than 300 MB"),
-    "memory of many": (
-        "for _ in range(6):\n    if os.fork() == 0:\n        kept = np.ones(10_000_000); time.sleep(60)\n"
-        "time.sleep(60)",
-        "used more than 300 MB",
-    ),
-    "threads": (
-        "import threading\nfor _ in range(30): threading.Thread(target=time.sleep, args=(60,)).start()\n"
-        "time.sleep(60)",
-        "started more than 20 processes",
-    ),
-    "closed channel": ("os.closerange(3, 100)", "closed its connection to the judge"),
-    "noise": (SOCKETS + "sockets[0].sendall(os.urandom(5000))", "sent the judge something that is no answer"),
-    "endless noise": (
-        SOCKETS + "while True: sockets[0].sendall(bytes(1000))",
-        "sent the judge something that is no answer",
-    ),
-    "a message out of turn": (
-        SOCKETS + "speak({'n': 99, 'outputs': [], 'cut': 0, 'error': None})",
-        "sent the judge something that is no answer",
-    ),
-    "outputs of another form": (
-        SOCKETS + "speak({'n': 2, 'outputs': [{'data': 5}], 'cut': 0, 'error': None}); time.sleep(60)",
-        "sent the judge something that is no answer",
-    ),
-    "an infinite count": (
-        SOCKETS + "speak({'n': 2, 'outputs': [], 'cut': float('inf'), 'error': None}); time.sleep(60)",
-        "sent the judge something that is no answer",
-    ),
-    "an array for a number": (
-        SOCKETS + "speak({'n': np.ones(3)}); time.sleep(60)",
-        "sent the judge something that is no answer",
-    ),
-    "processor time": (
-        "for _ in range(3):\n    if os.fork() == 0:\n        while True: pass\ntime.sleep(60)",
-        "used up its 1 s of processor time",
-    ),
-}
-IN_A_SANDBOX = {
-    "fork bomb": (FORK_BOMB, "started more than 20 processes"),
-    "files": (
-        "for i in range(30_000): open(f'f{i}', 'w').close()\ntime.sleep(60)",
-        "made more than 20,000 files",
-    ),
+NO_ANSWER = "sent the judge something that is no answer"
+
+ENDINGS = {
+    "by itself": [
+        ("os._exit(0)", "ended its own process"),
+        ("os._exit(3)", "ended its own process (exit code 3)"),
+        ("import ctypes; ctypes.string_at(0)", "was ended by SIGSEGV"),
+        ("os.closerange(3, 100)", "closed its connection to the judge"),
+    ],
+    "by noise": [
+        (SOCKETS + "sockets[0].sendall(os.urandom(5000)); time.sleep(60)", NO_ANSWER),
+        (SOCKETS + "while True: sockets[0].sendall(bytes(1000))", NO_ANSWER),
+        (SOCKETS + "speak({'n': 99, 'outputs': [], 'cut': 0, 'error': None}); time.sleep(60)", NO_ANSWER),
+        (SOCKETS + "speak({'n': 2, 'outputs': [{'data': 5}], 'cut': 0, 'error': None})", NO_ANSWER),
+        (SOCKETS + "speak({'n': 2, 'outputs': [], 'cut': float('inf'), 'error': None})", NO_ANSWER),
+    ],
+    "by time": [
+        ("while True: pass", "did not end within 1.5 s"),
+        (
+            "import signal\nfor s in (2, 14, 15): signal.signal(s, signal.SIG_IGN)\n"
+            "while True:\n    try: sum(range(10**12))\n    except BaseException: pass",
+            "did not end within 1.5 s",
+        ),
+    ],
+    "by memory": [
+        ("kept = []\nwhile True: kept.append(np.ones(1_000_000))", "used more than 300 MB"),
+        (
+            "for _ in range(6):\n    if os.fork() == 0:\n        kept = np.ones(10_000_000); time.sleep(60)\n"
+            "time.sleep(60)",
+            "used more than 300 MB",
+        ),
+    ],
+    "by number": [
+        (
+            "import threading\nfor _ in range(30): threading.Thread(target=time.sleep, args=(60,)).start()\n"
+            "time.sleep(60)",
+            "started more than 20 processes",
+        ),
+        *(
+            [("while True:\n    try: os.fork()\n    except OSError: pass", "started more than 20 processes")]
+            * SANDBOX
+        ),
+    ],
 }
 
 
 class TestVerdicts:
-    @pytest.mark.parametrize("kind", [*VERDICTS, *(IN_A_SANDBOX if SANDBOX else ())])
-    def test_a_cell_over_a_limit_is_named_and_the_others_count(self, start, kind) -> None:
-        source, says = (VERDICTS | IN_A_SANDBOX)[kind]
-        limits = SHORT if kind != "processor time" else Limits(cell_seconds=15, cpu_seconds=1)
-        if kind == "files":
-            limits = Limits(cell_seconds=15)
-        session = start(source, limits=limits)
-        results = session.run()
-        assert [r.note for r in results] == ["", says, ""]
+    @pytest.mark.parametrize("group", ENDINGS)
+    def test_a_cell_that_ends_its_process_is_named_and_the_others_count(self, start, group) -> None:
+        sources, says = zip(*ENDINGS[group], strict=True)
+        session = start(*sources)
+        notes = [r.note for r in session.run()]
+        assert notes == ["", *says, ""]
         assert session.call("double", (2,)).value == 4
         assert session.call("triple", (2,)).value == 6
-        assert session.starts == 2
+        assert session.starts == 1 + len(sources)
+
+    def test_processor_time_counts_for_all_processes_together(self, start) -> None:
+        source = "for _ in range(3):\n    if os.fork() == 0:\n        while True: pass\ntime.sleep(60)"
+        session = start(source, limits=Limits(cell_seconds=15, cpu_seconds=1))
+        assert [r.note for r in session.run()] == ["", "used up its 1 s of processor time", ""]
+
+    @pytest.mark.skipif(not SANDBOX, reason="no sandbox")
+    def test_files_are_counted(self, start) -> None:
+        source = "for i in range(30_000): open(f'f{i}', 'w').close()\ntime.sleep(60)"
+        session = start(source, limits=Limits(cell_seconds=15))
+        assert [r.note for r in session.run()] == ["", "made more than 20,000 files", ""]
+
+    def test_an_array_in_the_place_of_a_number_is_no_answer(self, start) -> None:
+        session = start(SOCKETS, "def garble(x):\n    speak({'n': np.ones(3)}); time.sleep(60)")
+        assert session.call("garble", (1,)).error.kind == "BadAnswer"
+        assert session.call("double", (2,)).value == 4
 
     def test_what_the_kernel_refuses_is_an_error_of_the_cell(self, start) -> None:
         session = start("open('big', 'wb').write(bytes(80_000_000))", "bytearray(9 << 30)")
@@ -346,12 +349,12 @@ class TestVerdicts:
         assert session.call("triple", (3,)).value == 9
 
     def test_a_session_has_so_much_time_and_no_more(self, start) -> None:
-        session = start("time.sleep(1)", "time.sleep(60)", "1", limits=Limits(wall_seconds=3))
+        session = start("time.sleep(0.2)", "time.sleep(60)", "1", limits=Limits(wall_seconds=2))
         began = monotonic()
         notes = [r.note for r in session.run()]
         assert notes[:2] == ["", ""]
-        assert notes[2] == "used up the 3 s that a submission has"
-        assert notes[3:] == ["was not run: the submission used up the 3 s that a submission has"] * 2
+        assert notes[2] == "used up the 2 s that a submission has"
+        assert notes[3:] == ["was not run: the submission used up the 2 s that a submission has"] * 2
         error = session.call("double", (1,)).error
         assert (error.kind, error.message) == ("WallLimit", f"the submission {notes[2]}")
         assert monotonic() - began < 6

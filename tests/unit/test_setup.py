@@ -486,13 +486,22 @@ def test_ci_runs_make_test_and_nothing_less() -> None:
     assert "--extras notebook,cluster,grade,test" in recipe
 
 
-@pytest.mark.parametrize("browser", [None, "chromium"])
-def test_ci_installs_a_browser_where_there_is_none(browser: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("there", "installed"),
+    [
+        (("chromium", "bwrap", "initdb"), ()),
+        (("google-chrome", "initdb"), ("bubblewrap",)),
+        (("initdb",), ("chromium", "bubblewrap")),
+    ],
+)
+def test_ci_installs_what_pip_does_not_bring_and_is_missing(
+    there: tuple[str, ...], installed: tuple[str, ...], tmp_path: Path
+) -> None:
     tools, notes = tmp_path / "bin", tmp_path / "notes"
+    tools.mkdir()
     for name in ("bash", "dirname", "env"):
-        tools.mkdir(exist_ok=True)
         (tools / name).symlink_to(str(shutil.which(name)))
-    for name in ("apt-get", "make", *([browser] if browser else [])):
+    for name in ("apt-get", "make", *there):
         write_script(tools / name, f'echo "{name} $*" >> "{notes}"\n')
     write_script(tools / "id", "echo 0\n")
     bash = str(shutil.which("bash"))
@@ -500,9 +509,12 @@ def test_ci_installs_a_browser_where_there_is_none(browser: str | None, tmp_path
         [bash, ROOT / ".ci" / "run"], env={"PATH": str(tools)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    said = [line.split()[:2] for line in notes.read_text().splitlines()]
-    install = [] if browser else [["apt-get", "update"], ["apt-get", "install"]]
-    assert said == [*install, ["make", "test"]]
+    said = notes.read_text().splitlines()
+    assert said.pop() == "make test"
+    assert [line.split()[:2] for line in said] == [["apt-get", "update"], ["apt-get", "install"]] * bool(
+        installed
+    )
+    assert tuple(said[-1].split()[-len(installed) :] if installed else ()) == installed
 
 
 def test_code_and_prose_have_their_licences() -> None:
