@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llmcourse.errors import DeviceError
 from llmcourse.grading.pool import ATTEMPTS, not_judged
 from llmcourse.grading.stage import Job, Judged, judge_submission
 from llmcourse.runner.connect import connect
@@ -31,17 +30,16 @@ def judge_on(address: str, jobs: Sequence[Job], at_once: int | None = None) -> I
 
 
 def run_job(plain: dict[str, Any]) -> dict[str, Any]:
-    """Run in a task on a node: judge one submission there."""
+    """Run in a task on a node: judge one submission there. Nothing is raised: not every error travels."""
     from llmcourse.grading import sandbox
 
     job = Job(**plain)
     if job.sandbox and (why := sandbox.available()):
-        raise DeviceError(
-            f"a node of the cluster cannot sandbox submissions: {why}.",
-            "Submissions are run only where they can do no harm.",
-            "installing bubblewrap on every node.",
-        )
-    return judge_submission(job, slot=os.getpid() % SLOTS).as_plain()
+        return not_judged(job, f"a node of the cluster cannot sandbox it: {why}").as_plain()
+    try:
+        return judge_submission(job, slot=os.getpid() % SLOTS).as_plain()
+    except Exception as error:
+        return not_judged(job, f"{type(error).__name__}: {error}").as_plain()
 
 
 def _drive(jobs: Sequence[Job], at_once: int | None) -> Iterator[Judged]:
@@ -73,8 +71,8 @@ def _drive(jobs: Sequence[Job], at_once: int | None) -> Iterator[Judged]:
                         waiting.append((job, attempt + 1))
                     else:
                         yield not_judged(job, f"its node was lost {attempt} times ({type(error).__name__})")
-                except ray.exceptions.RayTaskError as error:
-                    yield not_judged(job, str(error.cause).splitlines()[0])
+                except ray.exceptions.RayError as error:
+                    yield not_judged(job, f"{type(error).__name__}: {str(error).splitlines()[0]}")
     finally:
         for ref in running:
             ray.cancel(ref, force=True)

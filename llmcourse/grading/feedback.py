@@ -8,11 +8,13 @@ verdict, never its source.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from llmcourse import __version__
 from llmcourse.grading.database import Mark, Score
 from llmcourse.grading.feedback_page import TEMPLATE
 from llmcourse.grading.gates import CHECK_PREFIX
@@ -52,17 +54,25 @@ class Section:
     parts: list[Part] = field(default_factory=list)
 
 
-def page(lab: Any, score: Score, nb: Mapping[str, Any]) -> str:
+def stamp(lab: Any, score: Score, record: str) -> str:
+    """A digest of all that decides a page's content; `record` stands for the notebook's."""
+    parts = [__version__, TEMPLATE, *_titles(lab).values(), getattr(lab, "title", ""), repr(score), record]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def page(lab: Any, score: Score, nb: Mapping[str, Any], stamp: str = "") -> str:
     """The page of one student.
 
     lab     its `name`, and `title` and `exercises` (with `name` and `title`) where it has them
     nb      the recorded notebook as plain JSON, or {} where there is none
+    stamp   stands at the page's head, so that it need not be made again
     """
     results = results_of(nb) or {}
     sections = _sections(lab, score, nb, results.get("marks", {}))
     waits = any(mark.needs_review for mark in score.marks.values())
     return _template().render(
         policy=POLICY,
+        stamp=stamp,
         code_style=_code_style(),
         lab=lab.name,
         title=getattr(lab, "title", lab.name),
@@ -76,8 +86,12 @@ def page(lab: Any, score: Score, nb: Mapping[str, Any]) -> str:
     )
 
 
+def _titles(lab: Any) -> dict[str, str]:
+    return {e.name: e.title for e in getattr(lab, "exercises", ())}
+
+
 def _sections(lab: Any, score: Score, nb: Mapping[str, Any], marks: Mapping[str, Any]) -> list[Section]:
-    titles = {e.name: e.title for e in getattr(lab, "exercises", ())}
+    titles = _titles(lab)
     sections = {
         name: Section(name, titles.get(name, IN_WORDS if mark.by_hand else name), mark)
         for name, mark in score.marks.items()

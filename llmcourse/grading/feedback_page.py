@@ -8,6 +8,7 @@ TEMPLATE = """\
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
+<meta name="results" content="{{ stamp }}">
 <title>{{ score.student }} · {{ lab }}</title>
 <style>
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --line: #d9dde3; --text: #1c2330;

@@ -234,7 +234,9 @@ class Course:
         results = results_of(nb)
         remarks = list(results["remarks"]) if results else []
         path = self.feedback_folder(lab) / f"{score.student}.html"
-        write_whole(path, feedback.page(lab, score, nb))
+        stamp = feedback.stamp(lab, score, results["record"] if results else "")
+        if not path.is_file() or stamp not in path.read_text(encoding="utf-8")[:500]:
+            write_whole(path, feedback.page(lab, score, nb, stamp))
         return remarks
 
     def _enter(self, lab: str, student: str, nb: NotebookNode) -> None:
