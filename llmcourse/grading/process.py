@@ -79,7 +79,7 @@ class Process:
                 self.channel.close()
                 raise self._not_started(error, log) from None
             self.family = Family(self._popen.pid, "" if sandboxed else self._mark)
-            overhead, folders = (OWN_PROCESSES, sandbox.WRITABLE) if sandboxed else (0, ())
+            overhead, folders = (OWN_PROCESSES, tuple(sandbox.WRITABLE)) if sandboxed else (0, ())
             self.watch = Watch(self.family, limits, overhead, folders)
             theirs.close()
             try:

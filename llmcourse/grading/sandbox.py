@@ -34,7 +34,7 @@ from llmcourse.grading.limits import MB, Limits
 FIRST_UID = 60_600  # of a range that no distribution hands out, and that fits a container's 65,536
 SLOTS = 500
 HOME = "/home/learner"
-WRITABLE = (HOME, "/tmp", "/dev/shm")
+WRITABLE = {HOME: 2, "/tmp": 4, "/dev/shm": 4}  # 1/2, 1/4 and 1/4 of what may be written
 OLDEST = (0, 7)  # of bubblewrap: the first that can limit a folder's size
 
 INSTALL = (
@@ -178,13 +178,13 @@ def _package_folders_outside_prefix() -> list[str]:
 class _Mounts:
     """Mounts collected in any order and made from the root down, so that the deeper ones stay visible."""
 
-    binds: dict[Path, Path] = field(default_factory=dict)  # where it is seen: what is seen there
+    memory: dict[Path, int]  # writable folders: size in bytes
+    binds: set[Path] = field(default_factory=set)  # seen as they are, read-only
     empty: set[Path] = field(default_factory=set)
-    memory: dict[Path, int] = field(default_factory=dict)  # writable folders: size in bytes
 
-    def bind(self, path: Path, source: Path | None = None) -> None:
+    def bind(self, path: Path) -> None:
         if path.exists():
-            self.binds[path] = source or path
+            self.binds.add(path)
 
     def cover(self, path: Path) -> None:
         """Hide `path` where it can be seen: under its real name or, behind a link, under the given one."""
@@ -205,7 +205,7 @@ class _Mounts:
             if place in self.memory:
                 options += ["--size", str(self.memory[place]), "--perms", "1777", "--tmpfs", str(place)]
             elif place not in self.empty:
-                options += ["--ro-bind", str(self.binds[place]), str(place)]
+                options += ["--ro-bind", str(place), str(place)]
             elif place.is_dir():
                 options += ["--size", "65536", "--perms", "0755", "--tmpfs", str(place)]
             else:
@@ -217,11 +217,7 @@ class _Mounts:
 
 def _file_system(limits: Limits, hide: Iterable[Path | str]) -> list[str]:
     options: list[str] = ["--dev", "/dev", "--proc", "/proc"]
-    mounts = _Mounts()
-    mounts.memory = {
-        Path(folder): limits.scratch_mb * MB // share
-        for folder, share in zip(WRITABLE, (2, 4, 4), strict=True)
-    }
+    mounts = _Mounts({Path(folder): limits.scratch_mb * MB // share for folder, share in WRITABLE.items()})
     mounts.bind(Path("/usr"))
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         if os.path.islink(f"/{name}"):

@@ -31,6 +31,10 @@ from small_lab import NAME
 
 LAB = SimpleNamespace(name=NAME, title="A small lab", exercises=small_lab.EXERCISES)
 
+# Its keyboard waits for MathJax, its fields for what the gradebook holds.
+IS_READY = """() => typeof formgrader !== "undefined"
+    && formgrader.loaded && formgrader.grades.loaded && formgrader.comments.loaded"""
+
 ATTACK = """\
 $a<b$ <script>boom(1)</script> <img src=x onerror=boom(2)> <svg/onload=boom(3)>
 <details open ontoggle=boom(4)>
@@ -53,7 +57,7 @@ def test_a_person_marks_an_answer_and_no_submission_runs_there(
 
     page.goto(f"{lab}/formgrader/gradebook/{NAME}/{NAME}")
     page.get_by_text("Submission #1", exact=True).click()
-    page.wait_for_function("() => typeof formgrader !== 'undefined' && formgrader.loaded")  # its keyboard too
+    page.wait_for_function(IS_READY)
     text = page.inner_text("body")
     assert "onerror=boom(2)" in text
     assert "✗ shift" in text

@@ -248,6 +248,6 @@ def einsum(grad: Any, shape: Any) -> Any:
 def scatter(grad: Any, shape: Any) -> Any:
     out = np.zeros(shape, grad.dtype)
     where = np.indices(grad.shape).reshape(grad.ndim, grad.size)[grad.ndim - len(shape) :]
-    where = [np.zeros_like(w) if n == 1 else w for w, n in zip(where, shape, strict=True)]
-    np.add.at(out, tuple(where), grad.reshape(-1) if shape else grad.sum())
+    source = tuple(np.zeros_like(w) if n == 1 else w for w, n in zip(where, shape, strict=True))
+    np.add.at(out, source, grad.reshape(-1) if shape else grad.sum())
     return out
