@@ -81,7 +81,8 @@ ul { margin: .4rem 0 0; padding-left: 1.2rem }
 </tbody></table></section>
 {% for s in sections %}
 <section class="card" id="{{ s.name }}">
-<div class="head"><h2>{{ s.title }} {% if s.title != s.name %}<span class="name soft">{{ s.name }}</span>{% endif %}</h2>
+<div class="head"><h2>{{ s.title }}
+{% if s.title != s.name %}<span class="name soft">{{ s.name }}</span>{% endif %}</h2>
 <span class="tag {{ s.state }}">{{ number(s.mark.points) }} / {{ number(s.mark.max) }}</span></div>
 {% if s.verdict %}
 <div class="verdict {{ s.state }}"><pre>{{ s.verdict }}</pre></div>

@@ -145,7 +145,9 @@ class Desk:
         self.seed = seed_of(course.folder, lab.name)
 
     def row(self, submission: Submission) -> Row:
-        return Row(submission, take_in(submission.path, self.source, self.lab.name))
+        intake = take_in(submission.path, self.source, self.lab.name)
+        intake.remarks[:0] = submission.remarks
+        return Row(submission, intake)
 
     def job(self, row: Row) -> Job:
         cells = tuple(

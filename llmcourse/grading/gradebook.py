@@ -128,7 +128,7 @@ class Course:
         database does not answer, or a lab with submissions has gained or lost cells.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # marks, and the labs' solutions
             self._take_lock()
             self._write_config()
             self._register(lab.name, source)
@@ -295,9 +295,9 @@ class Course:
 
         if self._lock is not None:
             return
-        lock = FileLock(self.folder / ".lock", timeout=self.patience, is_singleton=True)
+        lock = FileLock(self.folder / ".lock", is_singleton=True)
         try:
-            lock.acquire()
+            lock.acquire(timeout=self.patience)
         except Timeout as error:
             raise GradebookError(
                 f"another process is grading into {self.folder}.",

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from time import monotonic
-from typing import IO, Any
+from typing import Any
 
 from llmcourse.errors import SandboxError
 from llmcourse.grading import sandbox, seccomp
@@ -72,27 +72,27 @@ class Process:
         self._folder = None if sandboxed else Path(tempfile.mkdtemp(prefix="llmcourse-"))
         self._mark = f"{MARK}={secrets.token_hex(8)}"
         self.channel, theirs = pair(limits.message_mb * MB)
-        with theirs, tempfile.TemporaryFile() as log:
+        with theirs:
             try:
-                self._popen = self._start(theirs.fileno(), log, list(hide), list(forbidden), slot)
+                self._popen = self._start(theirs.fileno(), list(hide), list(forbidden), slot)
             except OSError as error:
                 self.channel.close()
-                raise self._not_started(error, log) from None
-            self.family = Family(self._popen.pid, "" if sandboxed else self._mark)
-            overhead, folders = (OWN_PROCESSES, tuple(sandbox.WRITABLE)) if sandboxed else (0, ())
-            self.watch = Watch(self.family, limits, overhead, folders)
-            theirs.close()
-            try:
-                self.channel.receive(monotonic() + limits.start_seconds)
-            except BaseException as error:
-                self.close()
-                if isinstance(error, ChannelError):
-                    raise self._not_started(error, log) from None
-                raise
+                self._remove_folder()
+                raise _not_started(str(error)) from None
+        self.family = Family(self._popen.pid, "" if sandboxed else self._mark, guarded=sandboxed)
+        overhead, folders = (OWN_PROCESSES, tuple(sandbox.WRITABLE)) if sandboxed else (0, ())
+        self.watch = Watch(self.family, limits, overhead, folders)
+        try:
+            self.channel.receive(monotonic() + limits.start_seconds)
+        except ChannelError as error:
+            raise _not_started(self._last_words() or str(error)) from None
+        except BaseException:
+            self.close()
+            raise
         self.watch.start()
 
     def _start(
-        self, fd: int, log: IO[bytes], hide: list[Path | str], forbidden: list[str], slot: int
+        self, fd: int, hide: list[Path | str], forbidden: list[str], slot: int
     ) -> subprocess.Popen[bytes]:
         settings = {
             "limits": asdict(self.limits),
@@ -103,42 +103,31 @@ class Process:
         argv = [sys.executable, "-P", "-s", "-m", MODULE, str(fd), json.dumps(settings)]
         if self._folder is not None:
             env = os.environ | _course_environment(self._folder) | dict([self._mark.split("=")])
-            return subprocess.Popen(
-                argv,
-                env=env,
-                cwd=self._folder,
-                pass_fds=[fd],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
+            return self._popen_with(argv, [fd], env=env, cwd=self._folder)
         with tempfile.TemporaryFile() as filter_file:
-            program = seccomp.program()
-            filter_file.write(program)
+            filter_file.write(program := seccomp.program())
             filter_file.seek(0)
             filter_fd = filter_file.fileno() if program else None
             command = sandbox.command(
                 argv, self.limits, hide=[*hide, *forbidden], slot=slot, filter_fd=filter_fd
             )
-            return subprocess.Popen(
-                command,
-                pass_fds=[fd, filter_file.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
+            # bubblewrap's own first process keeps the environment that it was started with.
+            env = {"PATH": os.environ.get("PATH", os.defpath)}
+            return self._popen_with(command, [fd, filter_file.fileno()], env=env)
 
-    def _not_started(self, error: Exception, log: IO[bytes]) -> SandboxError:
-        log.seek(0)
-        said = log.read()[-4000:].decode(errors="replace").strip().splitlines()
-        reason = said[-1] if said else str(error)
-        return SandboxError(
-            f"the process for a submission did not start: {reason}.",
-            "None of the submission's code had run by then, so it is not the submission's fault.",
-            "llmcourse doctor, which says what this machine lacks; or fewer submissions at a time.",
+    def _popen_with(self, argv: list[str], fds: list[int], **options: Any) -> subprocess.Popen[bytes]:
+        nothing, said = subprocess.DEVNULL, subprocess.PIPE
+        return subprocess.Popen(
+            argv, pass_fds=fds, stdin=nothing, stdout=nothing, stderr=said, start_new_session=True, **options
         )
+
+    def _last_words(self) -> str:
+        """Close, and return the last line that a process that did not come up has written."""
+        assert self._popen.stderr is not None
+        with os.fdopen(os.dup(self._popen.stderr.fileno()), "rb") as said:
+            self.close()
+            lines = said.read(100_000).decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────
 
@@ -207,6 +196,11 @@ class Process:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
+        if self._popen.stderr is not None:
+            self._popen.stderr.close()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -234,6 +228,14 @@ class Process:
         except ValueError:
             how = "ended its own process" + (f" (exit code {code})" if code else "")
         return Ended("ProcessDied", how)
+
+
+def _not_started(reason: str) -> SandboxError:
+    return SandboxError(
+        f"the process for a submission did not start: {reason}.",
+        "None of the submission's code had run by then, so it is not the submission's fault.",
+        "llmcourse doctor, which says what this machine lacks; or fewer submissions at a time.",
+    )
 
 
 def _is(found: Any, number: int) -> bool:

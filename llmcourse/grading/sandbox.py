@@ -34,12 +34,12 @@ from llmcourse.grading.limits import MB, Limits
 FIRST_UID = 60_600  # of a range that no distribution hands out, and that fits a container's 65,536
 SLOTS = 500
 HOME = "/home/learner"
+FIRST_INSIDE = "/proc/1"
 WRITABLE = {HOME: 2, "/tmp": 4, "/dev/shm": 4}  # 1/2, 1/4 and 1/4 of what may be written
 OLDEST = (0, 7)  # of bubblewrap: the first that can limit a folder's size
 
 INSTALL = (
-    "apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora), pacman -S bubblewrap (Arch); "
-    "or --unsafe, if you trust every submission as you trust yourself."
+    "apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora), pacman -S bubblewrap (Arch)"
 )
 WHY = (
     "A submission is somebody else's program: outside a sandbox it could read the solutions, "
@@ -58,12 +58,9 @@ def available() -> str:
 def require() -> None:
     """Raises SandboxError, with what to install, where the sandbox cannot be used."""
     if problem := available():
-        hint = next((h for sign, h in HINTS.items() if sign in problem), "")
-        raise SandboxError(
-            f"submissions cannot be run in isolation here: {problem}.",
-            WHY,
-            (hint + "; or " if hint else "") + INSTALL,
-        )
+        fix = next((hint for sign, hint in HINTS.items() if sign in problem), INSTALL)
+        what = f"submissions cannot be run in isolation here: {problem}."
+        raise SandboxError(what, WHY, f"{fix}; or --unsafe, if you trust every submission as yourself.")
 
 
 HINTS = {
@@ -216,7 +213,9 @@ class _Mounts:
 
 
 def _file_system(limits: Limits, hide: Iterable[Path | str]) -> list[str]:
-    options: list[str] = ["--dev", "/dev", "--proc", "/proc"]
+    # The first process inside is bubblewrap's own. It is outside the filter of system calls, and runs as
+    # the same user where the judge is not root: what /proc would give of it must not be reached.
+    options: list[str] = ["--dev", "/dev", "--proc", "/proc", "--size", "65536", "--tmpfs", FIRST_INSIDE]
     mounts = _Mounts({Path(folder): limits.scratch_mb * MB // share for folder, share in WRITABLE.items()})
     mounts.bind(Path("/usr"))
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
@@ -240,7 +239,8 @@ def _file_system(limits: Limits, hide: Iterable[Path | str]) -> list[str]:
     for hidden in hide:
         for path in [hidden] if isinstance(hidden, Path) else module_paths(hidden):
             mounts.cover(path)
-    return [*options, *mounts.options(), "--remount-ro", "/dev", "--remount-ro", "/"]
+    read_only = [word for place in (FIRST_INSIDE, "/dev", "/") for word in ("--remount-ro", place)]
+    return [*options, *mounts.options(), *read_only]
 
 
 def _prefixes_of_the_interpreter() -> list[Path]:

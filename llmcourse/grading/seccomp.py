@@ -40,6 +40,7 @@ SINCE_5_1 = {  # these have the same number everywhere
     "move_mount": 429,
     "fsopen": 430,
     "fsmount": 432,
+    "pidfd_getfd": 438,
     "memfd_secret": 447,
 }
 MACHINES = {
@@ -62,6 +63,8 @@ MACHINES = {
             "unshare": 272,
             "perf_event_open": 298,
             "setns": 308,
+            "process_vm_readv": 310,
+            "process_vm_writev": 311,
             "memfd_create": 319,
             "bpf": 321,
             "userfaultfd": 323,
@@ -87,6 +90,8 @@ MACHINES = {
             "keyctl": 219,
             "perf_event_open": 241,
             "setns": 268,
+            "process_vm_readv": 270,
+            "process_vm_writev": 271,
             "memfd_create": 279,
             "bpf": 280,
             "userfaultfd": 282,

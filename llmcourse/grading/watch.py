@@ -24,12 +24,13 @@ PATIENCE = 10.0  # seconds for killed processes to disappear
 class Family:
     """A process and all that it started.
 
-    mark   `NAME=value` of the environment that it was started with, which its descendants inherit.
-           Not needed in a sandbox, whose processes all end with its first.
+    mark       `NAME=value` of the environment that it was started with, which its descendants inherit.
+               Not needed in a sandbox, whose processes all end with its first.
+    guarded    the first process only waits for the others, and ends with them (bubblewrap's outer one)
     """
 
-    def __init__(self, pid: int, mark: str = "") -> None:
-        self.mark = mark
+    def __init__(self, pid: int, mark: str = "", guarded: bool = False) -> None:
+        self.mark, self.guard = mark, pid if guarded else None
         self.known: dict[int, psutil.Process] = {}
         with suppress(psutil.Error):
             self.known[pid] = psutil.Process(pid)
@@ -59,12 +60,15 @@ class Family:
         """Kill all of them. True when none is left."""
         until = monotonic() + PATIENCE
         while monotonic() < until:
-            alive = [p for p in self.look() if not _is_zombie(p)]
+            family = self.look()
+            alive = [p for p in family if not _is_zombie(p)]
             if not alive:
                 if not self.mark or not (alive := self._marked()):
                     return True
                 self.known |= {p.pid: p for p in alive}
-            for process in reversed(alive):  # in a sandbox, its first process before the one that guards it
+            if len(family) > 1:  # killed too soon, the guard would leave its child to nobody
+                alive = [p for p in alive if p.pid != self.guard]
+            for process in alive:
                 with suppress(psutil.Error):
                     process.kill()
             sleep(0.01)  # waiting for them would take the exit code from whoever started them

@@ -24,6 +24,8 @@ from llmcourse.grading.converting import NOT_YET
 from llmcourse.runner import canonical
 from llmcourse.runner.gates import Problem
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -211,6 +213,16 @@ def test_nothing_half_written_is_left_by_a_build_that_fails(tmp_path, monkeypatc
         authoring.build(tmp_path, [NAME])
     assert (tmp_path / "labs" / NAME / f"{NAME}.ipynb").read_bytes() == before
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("lab", authoring.find_sources(ROOT, []))
+def test_each_lab_of_the_course_is_what_its_source_makes_and_passes_every_gate(lab) -> None:
+    assert [p.render(Path("labs") / lab) for p in authoring.problems_of(ROOT, lab)] == []
+
+
+def test_no_lab_lies_in_labs_without_a_source() -> None:
+    there = sorted(p.name for p in (ROOT / "labs").iterdir() if p.is_dir())
+    assert there == authoring.find_sources(ROOT, [])
 
 
 # ── gates ────────────────────────────────────────────────────────────────────────────────────────

@@ -473,11 +473,12 @@ def test_a_folder_that_nbgrader_would_take_for_a_pattern_is_refused(tmp_path) ->
         Course(tmp_path / "course [2026]")
 
 
-def test_the_settings_hold_the_url_for_their_owner_only(tmp_path, sources) -> None:
+def test_the_folder_and_its_settings_are_their_owners_only(tmp_path, sources) -> None:
     with Course(tmp_path / "c", f"sqlite:///{tmp_path}/other.db") as course:
         course.prepare(LAB, sources / "solutions" / NAME)
     path = tmp_path / "c" / "nbgrader_config.py"
     assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
     assert "other.db" in path.read_text()
     assert not (tmp_path / "c" / "gradebook.db").exists()
 

@@ -38,6 +38,9 @@ def touch(folder):
     with open(f"{folder}/touched", "w"):
         os.unlink(f"{folder}/touched")
 
+def linked(fd):
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
 def fill(folder):
     written = 0
     try:
@@ -72,7 +75,9 @@ def probe(port, abstract, outside):
         "no new privileges": status["NoNewPrivs"],
         "environment": sorted(os.environ),
         "processes": [int(name) for name in os.listdir("/proc") if name.isdigit()],
-        "programs": sorted({Path(f"/proc/{p}/comm").read_text().strip() for p in os.listdir("/proc") if p.isdigit()}),
+        "first process": os.listdir("/proc/1"),
+        "memory of the first process": attempt(libc.process_vm_readv, 1, None, 0, None, 0, 0),
+        "open files": sorted(os.readlink(f"/proc/self/fd/{f}").split(":")[0] for f in range(3, 20) if linked(f)),
         "interfaces": [line.split(":")[0].strip() for line in open("/proc/net/dev").read().splitlines()[2:]],
         "loopback": attempt(connect, socket.AF_INET, ("127.0.0.1", port)),
         "internet": attempt(connect, socket.AF_INET, ("192.0.2.1", 80)),
