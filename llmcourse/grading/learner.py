@@ -38,6 +38,7 @@ from llmcourse.grading.plain import plain
 from llmcourse.grading.shell import Shell, cell_failure
 
 DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+EXCHANGE = 200  # frames for a question to the judge, kept free where the learner has used up their own
 
 
 class Forbidden:
@@ -119,8 +120,13 @@ class Learner:
         """A function of the judge's, for the learner's to call."""
 
         def oracle(*args: Any, **kwargs: Any) -> Any:
-            with self.asking:
-                return self._ask(number, args, kwargs)
+            limit = sys.getrecursionlimit()
+            sys.setrecursionlimit(limit + EXCHANGE)
+            try:
+                with self.asking:
+                    return self._ask(number, args, kwargs)
+            finally:
+                sys.setrecursionlimit(limit)
 
         return oracle
 

@@ -95,7 +95,11 @@ class Call:
 
 
 def _failure_fields(error: dict[str, Any]) -> tuple[str, str, int, str, str]:
-    kind, message, source, trace = (str(error[k])[:4000] for k in ("kind", "message", "source", "trace"))
+    from llmcourse.grading.outputs import clean_text
+
+    kind, message, source, trace = (
+        clean_text(error[name])[:4000] for name in ("kind", "message", "source", "trace")
+    )
     return kind, message, int(error["line"]), source, trace
 
 

@@ -24,6 +24,7 @@ from llmcourse.errors import CourseError
 MAX_DEPTH = 40
 MAX_INT_BITS = 4096
 MAX_ELEMENTS = 2_000_000  # of lists, tuples and dicts, in all
+MAX_HEAD_BYTES = 8_000_000  # many small lists in it would take a hundred times that in memory
 MAX_BYTES = 256_000_000
 KINDS = "biufc"  # NumPy's bool, int, unsigned, float, complex
 SCALARS = frozenset(t for t in np.sctypeDict.values() if np.dtype(t).kind in KINDS)
@@ -208,8 +209,8 @@ def unpack(data: bytes, make_callable: MakeCallable | None = None) -> Any:
 class _Unpack:
     def __init__(self, data: bytes, make_callable: MakeCallable | None) -> None:
         (size,) = struct.unpack_from("<Q", data)
-        if size > len(data) - 8:
-            raise _broken("the head is cut off")
+        if size > min(len(data) - 8, MAX_HEAD_BYTES):
+            raise _broken("the head is cut off, or too large")
         self.data, self.at, self.make_callable = data, 8 + size, make_callable
         self.arrays: list[np.ndarray] = []
         self.head = json.loads(data[8 : 8 + size].decode("utf-8", "surrogatepass"))

@@ -67,7 +67,7 @@ class Desk:
             raise NoFunctionError(
                 f"check() got a {type(fn).__name__}, not a function.",
                 "An exercise is checked by calling the function you wrote.",
-                f"check({self.lab.exercises[0].name}), without parentheses behind the name; there are {names}.",
+                f"check({self.lab.exercises[0].name}); the exercises are {names}.",
             )
         return self.lab.exercise(name)
 

@@ -77,14 +77,18 @@ def probe(port, abstract, outside):
         "processes": [int(name) for name in os.listdir("/proc") if name.isdigit()],
         "first process": os.listdir("/proc/1"),
         "memory of the first process": attempt(libc.process_vm_readv, 1, None, 0, None, 0, 0),
-        "open files": sorted(os.readlink(f"/proc/self/fd/{f}").split(":")[0] for f in range(3, 20) if linked(f)),
+        "open files": sorted(
+            os.readlink(f"/proc/self/fd/{f}").split(":")[0] for f in range(3, 20) if linked(f)
+        ),
         "interfaces": [line.split(":")[0].strip() for line in open("/proc/net/dev").read().splitlines()[2:]],
         "loopback": attempt(connect, socket.AF_INET, ("127.0.0.1", port)),
         "internet": attempt(connect, socket.AF_INET, ("192.0.2.1", 80)),
         "abstract socket": attempt(connect, socket.AF_UNIX, abstract),
         "netlink": attempt(socket.socket, 16, socket.SOCK_RAW),
         "user namespace": attempt(libc.unshare, 0x10000000),
-        "new process in a user namespace": attempt(libc.syscall, 56 if x86 else 220, 0x10000000 | 17, 0, 0, 0, 0),
+        "new process in a user namespace": attempt(
+            libc.syscall, 56 if x86 else 220, 0x10000000 | 17, 0, 0, 0, 0
+        ),
         "memfd": attempt(os.memfd_create, "x"),
         "shared segment": attempt(libc.shmget, 1, 4096, 0o1600),
         "mount": attempt(libc.mount, b"none", b"/tmp", b"tmpfs", 0, None),
