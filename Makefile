@@ -53,7 +53,8 @@ doctor:
 	$(set_up)
 	@.venv/bin/llmcourse doctor
 
-# Tests that execute notebooks come second and alone: they use both cores themselves, and are timed.
+# Tests that are timed, or use both cores themselves, come second and alone.
+ALONE := tests/notebooks tests/browser tests/labs/test_pace.py
 test: EXTRAS := notebook,cluster,grade,test
 test:
 	$(set_up)
@@ -61,8 +62,8 @@ test:
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
-	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/notebooks --ignore tests/browser
-	.venv/bin/python -m pytest tests/notebooks tests/browser
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore %)
+	.venv/bin/python -m pytest $(ALONE)
 
 test-gpu: EXTRAS := notebook,cluster,grade,test
 test-gpu:

@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 from llmcourse.grading.channel import Channel, ChannelError, MessageTooLarge
 from llmcourse.grading.limits import CHANNEL_LOST, MB, Limits, limit_this_process
 from llmcourse.grading.outputs import Shown
-from llmcourse.grading.perform import Call, Failure, failure, perform
+from llmcourse.grading.perform import NO_FUNCTION, Call, Failure, failure, perform
 from llmcourse.grading.plain import plain
 from llmcourse.grading.shell import Shell, cell_failure
 
@@ -101,7 +101,7 @@ class Learner:
     def do_call(self, request: dict[str, Any]) -> dict[str, Any]:
         name = request["name"]
         if name not in self.shell.user_ns:
-            return failed_call(Failure("NameError", f"the notebook defines no {name}"))
+            return failed_call(Failure("NameError", f"{NO_FUNCTION} {name}"))
         fn = self.shell.user_ns[name]
         if not callable(fn):
             return failed_call(Failure("TypeError", f"{name} is a {type(fn).__name__}, not a function"))

@@ -26,6 +26,7 @@ import numpy as np
 from llmcourse.grading.plain import NotPlainError, between, is_tensor, layout, plain
 
 RECURSION = 1000  # Python's default
+NO_FUNCTION = "the notebook defines no"  # said of a name that is called and not there
 GUARD = 64  # elements on each side
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from llmcourse.grading.compare import Mismatch, same_outcome
 from llmcourse.grading.exercise import Check, Exercise, Mistake
-from llmcourse.grading.perform import Call
+from llmcourse.grading.perform import NO_FUNCTION, Call
 from llmcourse.grading.trial import LocalSubject, RaisedError, Subject, Trial
 
 NOT_YET = "NotImplementedError"
@@ -64,6 +64,12 @@ class Verdict:
         return first is not None and first.kind == NOT_YET
 
     @property
+    def missing(self) -> bool:
+        """Whether there is no such function, in the notebook whose cells were run."""
+        first = self.first_failure
+        return first is not None and first.kind == "NameError" and NO_FUNCTION in first.text
+
+    @property
     def first_failure(self) -> Result | None:
         return next((r for r in self.results if not r.ok), None)
 
@@ -71,6 +77,8 @@ class Verdict:
         name = self.exercise.name
         if self.not_yet:
             return f"○ {name} is not implemented yet."
+        if self.missing:
+            return f"✗ {name} · {NO_FUNCTION} {name}\n  Try: its cell, alone: it may have failed or be gone."
         failed = self.first_failure
         if failed is None:
             count = len(self.results)
@@ -153,7 +161,9 @@ def _results(exercise: Exercise, subject: Subject, seed: int) -> Iterator[Result
     for check in exercise.checks:
         result = run_check(exercise, check, subject, seed)
         yield result
-        if result.kind == NOT_YET and check is exercise.checks[0]:
+        stub = result.kind == NOT_YET
+        missing = result.kind == "NameError" and NO_FUNCTION in result.text
+        if (stub or missing) and check is exercise.checks[0]:
             return
 
 

@@ -22,7 +22,7 @@ from llmcourse.grading.sandbox import FIRST_UID, SLOTS
 from llmcourse.labs.catalog import find_lab
 
 HONEST = ("ada", "emmy", "grace")
-LIMITS = {"cell_seconds": 4.0, "call_seconds": 4.0, "memory_mb": 700}
+LIMITS = {"cell_seconds": 6.0, "call_seconds": 6.0, "memory_mb": 700}
 POINTS = {e.name: e.points for e in find_lab("01").exercises}
 
 
