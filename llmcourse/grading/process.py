@@ -166,6 +166,11 @@ class Process:
             self.close()
             raise
 
+    def look(self) -> None:
+        """Raises Ended if what the last request left running is over a limit already."""
+        if breach := self.watch.measure():
+            raise self._end(Ended(*breach))
+
     def _keep(self, fn: Callable[..., Any]) -> int:
         """The number by which the other side calls `fn`."""
         for number, known in self._functions.items():

@@ -129,6 +129,7 @@ class Watch(threading.Thread):
         self.peak_mb = 0.0
         self._cpu: dict[tuple[int, float], float] = {}  # also of processes that are gone
         self._cpu_alive = 0.0
+        self._looking = threading.Lock()
         self._stopped = threading.Event()
 
     @property
@@ -152,6 +153,10 @@ class Watch(threading.Thread):
 
     def measure(self) -> tuple[str, str] | None:
         """One look. Returns the limit that is exceeded, if any."""
+        with self._looking:
+            return self._measure()
+
+    def _measure(self) -> tuple[str, str] | None:
         limits, processes = self.limits, self.family.look()
         resident, tasks, cpu_alive = 0, 0, 0.0
         for process in processes:

@@ -517,3 +517,30 @@ class TestChannel:
             ours.send(object())
         ours.send(1)
         assert theirs.recv(100) == len(pack(1)).to_bytes(8, "little") + pack(1)
+
+
+def test_what_one_call_leaves_behind_does_not_cost_the_next_its_marks():
+    """A thread that the first call starts ends the process while the second is at work."""
+    source = (
+        "import os, threading, time\n"
+        "def mine():\n    threading.Timer(0.3, os._exit, [1]).start()\n    return 1\n"
+        "def other():\n    time.sleep(0.6)\n    return 2\n"
+        "def always():\n    os._exit(1)\n"
+    )
+    with Session([Cell("a", source)], slot=77) as session:
+        assert session.call("mine", ()).value == 1
+        assert session.call("other", ()).value == 2
+        assert session.call("always", ()).error.kind == "ProcessDied"
+        assert session.call("other", ()).value == 2
+
+
+def test_processes_that_a_cell_leaves_running_are_the_cells():
+    bomb = (
+        "import os, time\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(99); os._exit(0)\n"
+        "except OSError: pass"
+    )
+    with Session([Cell("bomb", bomb), Cell("good", "def one():\n    return 1")], slot=78) as session:
+        results = session.run()
+        assert "processes" in results[0].note
+        assert session.call("one", ()).value == 1
+        assert session.call("one", ()).value == 1
