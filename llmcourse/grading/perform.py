@@ -26,6 +26,7 @@ import numpy as np
 from llmcourse.grading.plain import NotPlainError, between, is_tensor, layout, plain
 
 RECURSION = 1000  # Python's default
+LEAK = "leaked_bytes"
 NO_FUNCTION = "the notebook defines no"  # said of a name that is called and not there
 GUARD = 64  # elements on each side
 
@@ -112,9 +113,12 @@ def perform(
     watch   names of counters (see `cost`)
     grads   the arguments' floating tensors ask for a gradient, and the result (or the sum of several
             results) is sent backward with a gradient of ones; both passes are counted
+
+    `leaked_bytes` are counted in a second call, whose result is dropped: what the first one keeps may
+    be a cache, what each one keeps is a leak.
     """
     given = [Handed(a, grads) for a in args]
-    counters = _counters(watch, given)
+    counters = _counters([name for name in watch if name != LEAK], given)
     call = Call(tuple(args))
     began = perf_counter()
     try:
@@ -131,6 +135,8 @@ def perform(
         call.value = plain(result)
         if grads:
             call.grads = tuple(g.gradient() for g in given)
+        if LEAK in watch:
+            call.costs.update(_left_behind(fn, args, grads))
     except NotPlainError as error:
         call.error = Failure("NotPlainError", f"{error.what} {error.why}", trace=str(error))
     except KeyboardInterrupt:
@@ -141,6 +147,20 @@ def perform(
     call.changed = tuple(i for i, g in enumerate(given) if g.changed())
     call.overrun = tuple(i for i, g in enumerate(given) if g.overrun())
     return call
+
+
+def _left_behind(fn: Callable[..., Any], args: Sequence[Any], grads: bool) -> dict[str, int]:
+    given = [Handed(a, grads) for a in args]
+    (leak,) = _counters([LEAK], given)
+    with leak as count, np.errstate(all="ignore"), warnings.catch_warnings(), _recursion_limit():
+        warnings.simplefilter("ignore")
+        result = fn(*(g.value for g in given))
+        if grads:
+            _backward(result)
+            for g in given:
+                g.forget_gradient()
+        del result
+    return {name: int(n) for name, n in count.values.items()}
 
 
 class Handed:
@@ -173,6 +193,10 @@ class Handed:
             return False
         self.window[...] = self.before
         return not _same_bytes(self.around, self.buffer)
+
+    def forget_gradient(self) -> None:
+        if is_tensor(self.value):
+            self.value.grad = None
 
     def gradient(self) -> Any:
         grad = getattr(self.value, "grad", None) if is_tensor(self.value) else None

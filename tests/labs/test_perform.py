@@ -412,3 +412,22 @@ def test_a_record_needs_all_its_fields():
 def test_an_argument_that_is_no_plain_data_is_the_callers_mistake():
     with pytest.raises(NotPlainError, match="an argument holds a set"):
         perform(abs, ({1},))
+
+
+def test_leaked_bytes_are_what_every_call_leaves_behind_not_what_it_returns():
+    hoard, cache = [], {}
+
+    def leaks(x):
+        hoard.append(x * 2)
+        return x + 1
+
+    def caches(x):
+        cache.setdefault("once", x * 2)
+        return x + 1
+
+    x = np.ones(1000)
+    assert perform(leaks, (x,), ["leaked_bytes"]).costs["leaked_bytes"] == x.nbytes
+    assert perform(caches, (x,), ["leaked_bytes"]).costs["leaked_bytes"] == 0
+    t = torch.ones(500)
+    assert perform(leaks, (t,), ["leaked_bytes"], grads=True).costs["leaked_bytes"] >= 2000
+    assert perform(lambda t: (t * t).sum(), (t,), ["leaked_bytes"], grads=True).costs["leaked_bytes"] == 0

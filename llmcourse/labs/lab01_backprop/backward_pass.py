@@ -31,7 +31,7 @@ backward_pass = Exercise(
         "order   list of nodes, every consumer before what it consumes; order[0] is the root",
         "grad    number or array: the gradient of order[0]",
         "parents function: parents(node) is the list of nodes that node was computed from; a",
-        "        node stands in it twice if it was used twice, as in x * x",
+        "        node stands in it twice if it was used twice, as in x·x",
         "vjp     function: vjp(node, grad) is a list with one gradient for each of",
         "        parents(node), None where none is wanted; it wants the node's complete",
         "        gradient, and is called once for each node",

@@ -16,11 +16,10 @@ sum_to = Exercise(
     title="The backward of broadcasting",
     arguments=("grad", "shape"),
     shapes=(
-        "grad    array of any shape to which shape broadcasts: the gradient of the broadcast",
-        "        result",
+        "grad    array: the gradient of the result, to whose shape the operand was broadcast",
         "shape   tuple of ints: the shape the operand had before it was broadcast; () for a",
         "        single number",
-        "returns array of shape shape, in grad's number format",
+        "returns array of that shape, in grad's number format",
     ),
     formula="out[i] = Σ grad[j] over all places j to which element i was copied",
     difficulty=2,

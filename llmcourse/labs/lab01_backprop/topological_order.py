@@ -28,8 +28,7 @@ topological_order = Exercise(
     shapes=(
         "root    a node: any hashable value, 0 and '' too",
         "parents function: parents(node) is the list of nodes that node was computed from,",
-        "        empty for a leaf; a node stands in it twice if it was used twice, as in x *",
-        "        x",
+        "        empty for a leaf; a node stands in it twice if it was used twice, as in x·x",
         "returns list of root and all that it was computed from, each node once, every",
         "        consumer before what it consumes; at most 2 calls of parents for each node,",
         "        chains of any length",
