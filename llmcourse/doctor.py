@@ -51,6 +51,7 @@ def collect() -> list[Check]:
         _triton,
         _nvrtc,
         _jupyter,
+        _grading,
         _memory,
         _disk,
         _model,
@@ -257,6 +258,23 @@ def _jupyter() -> Check:
         means = "Notebooks can't be opened or run, or their widgets stay still; the commands work."
         return Check("jupyter", "warn", f"{', '.join(absent)} not installed", means, INSTALL)
     return Check("jupyter", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _grading() -> Check:
+    """For instructors: a learner needs neither nbgrader nor a sandbox."""
+    version = _version("nbgrader")
+    if version is None:
+        return Check("grading", "ok", "nbgrader not installed; only who grades a class needs it")
+    try:
+        from llmcourse.grading import sandbox
+
+        problem = sandbox.available()
+    except ImportError as error:
+        problem = str(error)
+    if problem:
+        means = "Submissions of a class can't be run in isolation here; your own labs can be checked."
+        return Check("grading", "warn", f"nbgrader {version}; {problem}", means, "apt install bubblewrap")
+    return Check("grading", "ok", f"nbgrader {version}, submissions run in a sandbox")
 
 
 def _memory() -> Check:

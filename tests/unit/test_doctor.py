@@ -13,7 +13,7 @@ from outside import Run
 from llmcourse import assets, doctor
 from llmcourse.course import CHAPTERS
 
-NAMES = ["python", "torch", "gpu", "triton", "nvrtc", "jupyter", "memory", "disk", "model", "text"]
+NAMES = ["python", "torch", "gpu", "triton", "nvrtc", "jupyter", "grading", "memory", "disk", "model", "text"]
 KEYS = {"name", "status", "found", "means", "do", "chapters"}
 
 # An import hook that makes packages look as if they were not installed.
@@ -172,3 +172,17 @@ def test_little_memory_and_little_disk_are_warned_of(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: state)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: state)
     assert [doctor._memory().status, doctor._disk().status] == [status, status]
+
+
+def test_where_submissions_cannot_be_sandboxed_instructors_are_told_and_learners_are_not_bothered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from llmcourse.grading import sandbox
+
+    monkeypatch.setattr(sandbox, "available", lambda: "bubblewrap is not installed")
+    grading = doctor._grading()
+    assert grading.status == "warn"
+    assert "bubblewrap is not installed" in grading.found
+    assert "apt install bubblewrap" in grading.do
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    assert doctor._grading().status == "ok"
