@@ -7,6 +7,7 @@ its module is imported when the command runs, so that `llmcourse --help` answers
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -150,7 +151,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add("lab", _lab, "the graded labs: list, start a copy of your own, check it, see where you are")
     p.add_argument("action", choices=["list", "start", "check", "hint", "status"])
-    p.add_argument("names", nargs="*", metavar="NAME", help="a lab, e.g. 01; after it, exercises")
+    p.add_argument(
+        "names", nargs="*", metavar="NAME", help="a lab, e.g. 01; for check and hint, exercises after it"
+    )
     p.add_argument("--folder", type=Path, default=Path("mylabs"), help="where your copies lie")
     p.add_argument("--file", type=Path, help="check this notebook")
     p.add_argument("--seed", type=int, help="repeat the inputs of an earlier check")
@@ -161,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--lab", metavar="NAME", help="e.g. 01 (default: what the files are named after)")
     p.add_argument("--course", type=Path, default=Path("gradebook"), help="folder of gradebook and feedback")
     p.add_argument("--db", metavar="URL", help="the gradebook's database (default: SQLite in that folder)")
-    p.add_argument("--jobs", type=int, help="submissions at once (default: one for each core)")
+    p.add_argument("--jobs", type=int, help="submissions judged at once (default: one for each core)")
     p.add_argument("--cluster", metavar="ADDRESS", help="judge on this Ray cluster")
     p.add_argument("--unsafe", action="store_true", help="run submissions without a sandbox")
     p.add_argument("--again", action="store_true", help="judge anew what was judged before")
@@ -180,6 +183,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that a terminal lacks must not end a run
+        sys.stdout.reconfigure(errors="replace")
     try:
         return args.handler(args)
     except CourseError as error:

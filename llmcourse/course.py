@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 from llmcourse.errors import UnknownNameError
+from llmcourse.files import write_whole
 
 PARTS = (
     "Start",
@@ -108,11 +109,7 @@ def mark_read(name: str) -> str:
     done = progress()
     this = chapter(name)
     done.setdefault(this.name, date.today().isoformat())
-    path = progress_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(done, indent=1))
-    scratch.replace(path)
+    write_whole(progress_path(), json.dumps(done, indent=1))
     ready = [c for c in CHAPTERS if c.ready and c.name not in done]
     following = f"Next: {ready[0].name}." if ready else "You have read every chapter that is ready."
     return f"Read: {this.name}. {following}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from llmcourse import __version__
 from llmcourse.errors import UnknownNameError
+from llmcourse.files import write_whole
 
 FOLDER = Path(__file__).parent / "records"
 PACKAGES = ("torch", "triton", "transformers", "numpy")
@@ -81,11 +82,8 @@ def new_record(name: str, device: str, results: list[dict[str, Any]], notes: lis
 
 def save(record: Record, folder: Path) -> Path:
     """Write the record as `NAME.DEVICE.json`, whole or not at all; an older one of that name is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / record.filename
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
-    scratch.replace(path)
+    write_whole(path, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
     return path
 
 

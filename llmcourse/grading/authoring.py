@@ -1,4 +1,4 @@
-"""`llmcourse labs build | check`: one source for each lab, and what learners get made from it.
+"""`llmcourse labs build | check | report`: one source for each lab, and what learners get made from it.
 
 `solutions/NAME/NAME.ipynb` is written by hand and holds the reference solutions and the hidden tests.
 `labs/NAME/` is made from it by nbgrader: each solution region becomes a line that raises "not implemented
@@ -7,6 +7,7 @@ what the source makes now.
 
 build   put the source in canonical form, with this version's set-up cell, and write labs/NAME
 check   make it afresh, show the first difference, and run the gates (see `gates`)
+report  print the matrix exercise × mistake (see `report`)
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from nbformat import NotebookNode
 
 import llmcourse
 from llmcourse.errors import UnknownNameError
+from llmcourse.files import write_whole
 from llmcourse.grading import converting
-from llmcourse.grading.files import write_whole
 from llmcourse.runner import canonical, maintain
 from llmcourse.runner.gates import Problem
 
@@ -49,15 +50,15 @@ def command(action: str, names: Sequence[str]) -> int:
 
 
 def course_root() -> Path:
-    """The folder that holds `solutions/`: the current directory, else the one beside the package.
+    """The folder with the labs' `solutions/`: the current directory, else the one beside the package.
 
     Raises UnknownNameError where there is neither: an installed course has no solutions.
     """
     for folder in (Path.cwd(), Path(llmcourse.__file__).resolve().parents[1]):
-        if (folder / converting.SOURCE).is_dir():
+        if any((folder / converting.SOURCE).glob("lab*/lab*.ipynb")):
             return folder
     raise UnknownNameError(
-        f"there is no folder {Path.cwd() / converting.SOURCE}.",
+        f"there is no lab in {Path.cwd() / converting.SOURCE}.",
         "Labs are made from solutions/NAME/NAME.ipynb.",
         "the command again from a clone of the course.",
     )

@@ -20,7 +20,7 @@ class Entry:
 
     exercise: Exercise
     name: str
-    kind: str  # "mistake", "alternative" or "solution"
+    kind: str  # "mistake" or "alternative"
     meant: str  # the check that should reject it first
     failing: tuple[str, ...]
     named: str  # the mistake that the message names

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from llmcourse.errors import MissingPackageError
+from llmcourse.grading import converting
+from llmcourse.grading.gates import CHECK_PREFIX
 from llmcourse.notebook import Table
+
+if TYPE_CHECKING:
+    from llmcourse.grading.grade import Event, Row, Run
+    from llmcourse.grading.gradebook import Course
+
+MISTAKES_SHOWN = 10
 
 
 def command(
@@ -25,24 +34,18 @@ def command(
     unsafe: bool,
     again: bool,
 ) -> int:
-    """Grade the submissions in `folder`; status 1 if one of them could not be judged."""
-    try:
-        import nbgrader  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(
-            f"grading needs nbgrader, which is not installed ({error}).",
-            "The gradebook, manual marks and the release of labs are nbgrader's.",
-            "pip install -c constraints.txt -e '.[grade]' in the course's folder.",
-        ) from error
-    from llmcourse.grading.grade import Row, Run, grade, which_lab
+    """Grade the submissions in `folder`; status 1 if one of them could not be judged.
+
+    Raises CourseError, with what to do, where grading cannot begin.
+    """
+    converting.require()
+    from llmcourse.grading.grade import grade, which_lab
     from llmcourse.grading.gradebook import Course
 
     chosen = which_lab(lab, folder)
-    book = Course(course, db)
-    show = _Lines()
     try:
-        with show:
-            run: Run = grade(
+        with Course(course, db) as book, _Lines() as lines:
+            run = grade(
                 folder,
                 chosen,
                 book,
@@ -50,31 +53,39 @@ def command(
                 cluster=cluster,
                 unsafe=unsafe,
                 again=again,
-                tell=show.tell,
+                tell=lines.tell,
             )
     except KeyboardInterrupt:
         print("\nStopped. Verdicts so far are kept: the same command goes on from here.", file=sys.stderr)
         return 130
-    states: Counter[str] = Counter()
-    for row in run.rows:
-        for mark in row.judged.marks.values() if row.judged else ():
-            states[mark["mistake"] or mark["state"]] += 1
-    common = [
-        (name, count) for name, count in states.most_common() if name not in ("passed", "open", "failed")
-    ]
-    if common:
-        print(Table(["named mistake", "how often"], common[:10]), end="\n\n")
+    _summarise(run, book)
+    return 1 if run.failed else 0
+
+
+def _summarise(run: Run, book: Course) -> None:
+    if common := mistakes(run.rows):
+        print("", Table(["exercise", "named mistake", "students"], common), sep="\n", end="\n\n")
     kept = sum(row.kept for row in run.rows)
     print(
-        f"{len(run.rows)} submissions of {chosen.name}, {chosen.points} points each, in {run.seconds:.1f} s"
+        f"{len(run.rows)} submissions of {run.lab.name}, {run.lab.points} points each, in {run.seconds:.1f} s"
         + (f" ({kept} were judged before)" if kept else "")
     )
-    print(f"marks     {book.marks_path(chosen)}\nfeedback  {book.feedback_folder(chosen)}")
+    print(f"marks     {book.marks_path(run.lab)}\nfeedback  {book.feedback_folder(run.lab)}")
     print(f"by hand   cd {book.folder} && jupyter lab, then nbgrader's Formgrader")
     for row in run.failed:
-        assert isinstance(row, Row)
-        print(f"NOT JUDGED {row.student}: {row.judged.error if row.judged else 'stopped'}", file=sys.stderr)
-    return 1 if run.failed else 0
+        print(f"NOT JUDGED {row.student}: {row.judged.error if row.judged else ''}", file=sys.stderr)
+
+
+def mistakes(rows: Iterable[Row]) -> list[tuple[str, str, int]]:
+    """The named mistakes of a class that occur most often: exercise, mistake, number of students."""
+    found = Counter(
+        (name.removeprefix(CHECK_PREFIX), mark["mistake"])
+        for row in rows
+        if row.judged
+        for name, mark in row.judged.marks.items()
+        if mark["mistake"]
+    )
+    return [(*which, count) for which, count in found.most_common(MISTAKES_SHOWN)]
 
 
 class _Lines:
@@ -100,14 +111,11 @@ class _Lines:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def tell(self, what: str, row: object, total: int = 0) -> None:
-        from llmcourse.grading.grade import Row
-
-        assert isinstance(row, Row)
-        self.bar.update(self.task, advance=1, total=total or None)
-        if what == "kept":
+    def tell(self, event: Event, row: Row, total: int) -> None:
+        self.bar.update(self.task, advance=event != "taken in", total=total)
+        if row.judged is None or event == "kept":
             return
-        remarks = [*row.intake.remarks, *(row.judged.remarks if row.judged else [])]
-        text = row.judged.error if row.judged and row.judged.error else f"{row.points:g} points"
-        lines = [f"{escape(row.student)}  {escape(text)}", *(f"    {escape(r)}" for r in remarks)]
-        self.console.print("\n".join(lines))
+        remarks = [*row.intake.remarks, *row.judged.remarks]
+        lines = [f"{row.student}  {row.judged.error or f'{row.points:g} points'}"]
+        lines += [f"    {remark}" for remark in remarks]
+        self.console.print(escape("\n".join(lines)))

@@ -66,7 +66,7 @@ class Score:
 def normal_url(folder: Path, url: str | None) -> str:
     """The URL that nbgrader gets: SQLite in `folder` by default, psycopg for PostgreSQL.
 
-    Raises GradebookError for what is no database's URL.
+    Raises GradebookError for what is no URL of one of these.
     """
     from sqlalchemy.engine import URL, make_url
     from sqlalchemy.exc import ArgumentError
@@ -83,6 +83,12 @@ def normal_url(folder: Path, url: str | None) -> str:
         ) from error
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise GradebookError(
+            f"a gradebook cannot be kept in {parsed.get_backend_name()}.",
+            "The course is tested with PostgreSQL and SQLite.",
+            "--db postgresql://USER@HOST/DATABASE, or no --db for a file in the course's folder.",
+        )
     if parsed.get_backend_name() == "sqlite" and parsed.database:
         parsed = parsed.set(database=str(Path(parsed.database).absolute()))
     return parsed.render_as_string(hide_password=False)
@@ -115,10 +121,14 @@ def open_database(url: str) -> Any:
                 connection.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": head})
     except (SQLAlchemyError, ImportError, OSError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if isinstance(error, ImportError):
+            fix = "pip install -c constraints.txt -e '.[grade]', or a URL that names no driver."
+        elif url.startswith("sqlite"):
+            fix = "another file in --db, in a folder that you may write to, or no --db."
+        else:
+            fix = "starting the database, or checking user and password (~/.pgpass keeps passwords)."
         raise GradebookError(
-            f"the gradebook {where} cannot be opened.",
-            f"The database says: {said[:300]}",
-            "starting the database, or checking user, password and permissions (~/.pgpass keeps passwords).",
+            f"the gradebook {where} cannot be opened.", f"The database says: {said[:300]}", fix
         ) from error
     if version not in (None, head):
         raise GradebookError(

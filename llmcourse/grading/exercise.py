@@ -71,7 +71,6 @@ class Exercise:
     difficulty   1 (a line or two) to 5; importance 1 to 5, for what follows in the course
     minutes      what a learner should expect to need
     hints        in layers: a question, then the idea, then nearly the code
-    forbidden    modules whose functions would be the answer
     """
 
     name: str
@@ -84,11 +83,9 @@ class Exercise:
     minutes: int
     points: int
     hints: tuple[str, ...]
-    forbidden: tuple[str, ...] = ()
     checks: list[Check] = field(default_factory=list)
     mistakes: list[Mistake] = field(default_factory=list)
     alternatives: list[Alternative] = field(default_factory=list)
-    solution: Function | None = None
 
     def header(self) -> str:
         """The line under the exercise's title in the notebook."""

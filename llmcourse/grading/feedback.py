@@ -19,6 +19,7 @@ from llmcourse.grading.database import Mark, Score
 from llmcourse.grading.feedback_page import TEMPLATE
 from llmcourse.grading.gates import CHECK_PREFIX
 from llmcourse.grading.record import results_of
+from llmcourse.labs.catalog import Lab
 
 MAX_RENDERED = 20_000  # characters; longer code or a longer answer is shown as it was typed
 MAX_PAGE = 100_000  # characters of code and answers; what follows them too
@@ -54,16 +55,15 @@ class Section:
     parts: list[Part] = field(default_factory=list)
 
 
-def stamp(lab: Any, score: Score, record: str) -> str:
+def stamp(lab: Lab, score: Score, record: str) -> str:
     """A digest of all that decides a page's content; `record` stands for the notebook's."""
-    parts = [__version__, TEMPLATE, *_titles(lab).values(), getattr(lab, "title", ""), repr(score), record]
+    parts = [__version__, TEMPLATE, *_titles(lab).values(), lab.title, repr(score), record]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:32]
 
 
-def page(lab: Any, score: Score, nb: Mapping[str, Any], stamp: str = "") -> str:
+def page(lab: Lab, score: Score, nb: Mapping[str, Any], stamp: str = "") -> str:
     """The page of one student.
 
-    lab     its `name`, and `title` and `exercises` (with `name` and `title`) where it has them
     nb      the recorded notebook as plain JSON, or {} where there is none
     stamp   stands at the page's head, so that it need not be made again
     """
@@ -75,7 +75,7 @@ def page(lab: Any, score: Score, nb: Mapping[str, Any], stamp: str = "") -> str:
         stamp=stamp,
         code_style=_code_style(),
         lab=lab.name,
-        title=getattr(lab, "title", lab.name),
+        title=lab.title,
         score=score,
         share=round(100 * score.points / score.max) if score.max else 0,
         waits=waits,
@@ -86,11 +86,11 @@ def page(lab: Any, score: Score, nb: Mapping[str, Any], stamp: str = "") -> str:
     )
 
 
-def _titles(lab: Any) -> dict[str, str]:
-    return {e.name: e.title for e in getattr(lab, "exercises", ())}
+def _titles(lab: Lab) -> dict[str, str]:
+    return {e.name: e.title for e in lab.exercises}
 
 
-def _sections(lab: Any, score: Score, nb: Mapping[str, Any], marks: Mapping[str, Any]) -> list[Section]:
+def _sections(lab: Lab, score: Score, nb: Mapping[str, Any], marks: Mapping[str, Any]) -> list[Section]:
     titles = _titles(lab)
     sections = {
         name: Section(name, titles.get(name, IN_WORDS if mark.by_hand else name), mark)
@@ -169,6 +169,8 @@ def _highlighted(code: str) -> Any:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
+    # In a long run of lines that hold blanks alone, the lexer looks at all that follow from each of them.
+    code = "\n".join(line.rstrip() for line in code.split("\n"))
     return Markup(highlight(code, PythonLexer(stripnl=False), HtmlFormatter(cssclass="code")))
 
 

@@ -24,11 +24,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nbformat import NotebookNode
 
 from llmcourse.grading.converting import CODE_STUB, NOT_YET
+from llmcourse.grading.exercise import Exercise
 from llmcourse.runner.gates import Problem
 from llmcourse.runner.page import label
 from llmcourse.runner.setup_cell import badge, setup_cell
@@ -42,20 +43,6 @@ _REGION = re.compile(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS|MARK SCHEME)")
 _RAISES = re.compile(r"^\s*raise NotImplementedError.*", re.MULTILINE)
 
 
-class ExerciseLike(Protocol):
-    """What the gates read of an exercise."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def points(self) -> int: ...
-    @property
-    def shapes(self) -> Sequence[str]: ...
-    @property
-    def formula(self) -> str: ...
-    def header(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class LabPage:
     """A lab as its gates read it: the source, what learners get, its exercises, and the learners' folder."""
@@ -63,7 +50,7 @@ class LabPage:
     name: str
     source: NotebookNode
     released: NotebookNode
-    exercises: Sequence[ExerciseLike]
+    exercises: Sequence[Exercise]
     folder: Path
 
 
@@ -74,7 +61,7 @@ def check(
     name: str,
     source: NotebookNode,
     released: NotebookNode,
-    exercises: Sequence[ExerciseLike],
+    exercises: Sequence[Exercise],
     folder: Path,
 ) -> list[Problem]:
     """All that keeps a lab from being shipped."""
@@ -297,7 +284,7 @@ def regions(source: str) -> Iterator[tuple[str, bool]]:
             yield line, inside
 
 
-def _solution_cell(exercise: ExerciseLike, cell: NotebookNode) -> Iterator[Problem]:
+def _solution_cell(exercise: Exercise, cell: NotebookNode) -> Iterator[Problem]:
     own = nbgrader(cell)
     if cell.cell_type != "code" or not own.get("solution") or own.get("grade"):
         yield _broken(exercise, "has a solution cell that is not one in nbgrader's metadata", exercise.name)
@@ -309,7 +296,7 @@ def _solution_cell(exercise: ExerciseLike, cell: NotebookNode) -> Iterator[Probl
         )
 
 
-def _check_cell(exercise: ExerciseLike, cell: NotebookNode) -> Iterator[Problem]:
+def _check_cell(exercise: Exercise, cell: NotebookNode) -> Iterator[Problem]:
     own, name = nbgrader(cell), CHECK_PREFIX + exercise.name
     if cell.cell_type != "code" or not own.get("grade") or own.get("solution") or not own.get("locked"):
         yield _broken(exercise, "has a check cell that is not locked and graded code", name)
@@ -319,13 +306,13 @@ def _check_cell(exercise: ExerciseLike, cell: NotebookNode) -> Iterator[Problem]
         )
 
 
-def _is_head(cell: NotebookNode, exercise: ExerciseLike) -> bool:
+def _is_head(cell: NotebookNode, exercise: Exercise) -> bool:
     wanted: Iterable[str] = (exercise.header(), exercise.formula, *exercise.shapes)
     locked = cell.cell_type == "markdown" and nbgrader(cell).get("locked")
     return bool(locked) and all(text in cell.source for text in wanted)
 
 
-def _broken(exercise: ExerciseLike, what: str, cell: str) -> Problem:
+def _broken(exercise: Exercise, what: str, cell: str) -> Problem:
     return Problem(
         f"the exercise {exercise.name} {what}",
         "An exercise is a header cell, a solution cell and a check cell, known by nbgrader's metadata.",

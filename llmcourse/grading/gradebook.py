@@ -22,19 +22,24 @@ import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 from nbformat import NotebookNode
 
 from llmcourse.errors import DiskError, NotebookError, UnknownNameError
+from llmcourse.files import write_whole
 from llmcourse.grading import converting, database, feedback, marks
 from llmcourse.grading.database import GradebookError, Score
-from llmcourse.grading.files import write_whole
 from llmcourse.grading.gates import CHECK_PREFIX, nbgrader
 from llmcourse.grading.handed_in import MARKER
 from llmcourse.grading.intake import Intake
-from llmcourse.grading.record import Judged, judged_notebook, results_of
+from llmcourse.grading.record import judged_notebook, results_of
+from llmcourse.labs.catalog import Lab
+from llmcourse.runner import canonical
+
+if TYPE_CHECKING:
+    from llmcourse.grading.stage import Judged
 
 CONFIG_HEAD = "# Written by llmcourse grade, and written again by it: change nothing here.\n"
 
@@ -87,8 +92,6 @@ class Course:
     """The course folder `folder`, made when it is first used; one process at a time may write it.
 
     db_url   of the gradebook, such as postgresql://USER@HOST/DATABASE; default: a file in the folder
-
-    Methods take a `Lab` (what they need is its name and its exercises' names and titles).
     """
 
     patience = 10.0  # seconds to wait for another process that ends
@@ -108,18 +111,18 @@ class Course:
 
     # ── where things are ──
 
-    def marks_path(self, lab: Any) -> Path:
+    def marks_path(self, lab: Lab) -> Path:
         return self.folder / f"marks-{lab.name}.csv"
 
-    def feedback_folder(self, lab: Any) -> Path:
-        return self.folder / "feedback" / str(lab.name)
+    def feedback_folder(self, lab: Lab) -> Path:
+        return self.folder / "feedback" / lab.name
 
     def _notebook(self, step: str, lab: str, student: str = "") -> Path:
         return self.folder / step / student / lab / f"{lab}.ipynb"
 
     # ── making the folder ready ──
 
-    def prepare(self, lab: Any, source: Path | None = None) -> None:
+    def prepare(self, lab: Lab, source: Path | None = None) -> None:
         """Register a lab: its source, the students' version, and its cells and points in the gradebook.
 
         source   the lab's folder with its solutions (default: solutions/LAB of this clone)
@@ -141,7 +144,7 @@ class Course:
                 "freeing space, mending permissions, or --course with another folder.",
             ) from error
 
-    def source(self, lab: Any) -> NotebookNode:
+    def source(self, lab: Lab) -> NotebookNode:
         """The lab's notebook as it is graded: stubs for the solutions, hidden tests in the graded cells."""
         own = nbformat.read(self._notebook(converting.SOURCE, lab.name), as_version=4)
         released = nbformat.read(self._notebook(converting.RELEASE, lab.name), as_version=4)
@@ -175,7 +178,7 @@ class Course:
 
     # ── marks ──
 
-    def record(self, lab: Any, student: str, intake: Intake, judged: Judged) -> float:
+    def record(self, lab: Lab, student: str, intake: Intake, judged: Judged) -> float:
         """Enter one judged submission in the gradebook, and write its feedback page; returns its points.
 
         Recording the same results again changes nothing. Raises GradebookError when nbgrader fails.
@@ -203,7 +206,7 @@ class Course:
         self._write_page(lab, score)
         return score.points
 
-    def scores(self, lab: Any) -> list[Score]:
+    def scores(self, lab: Lab) -> list[Score]:
         """Every student's marks, by student id; those without a submission have none of the points."""
         found = database.read_scores(self.engine, lab.name)
         names = self._order(lab.name)
@@ -218,7 +221,7 @@ class Course:
             found.append(Score(student, none, handed_in=False))
         return sorted(found, key=lambda score: score.student)
 
-    def write_marks(self, lab: Any) -> Path:
+    def write_marks(self, lab: Lab) -> Path:
         """Write the CSV file of a lab's marks, and every feedback page that a person's marks have changed."""
         scores = self.scores(lab)
         remarks = {s.student: self._write_page(lab, s) for s in scores if s.handed_in}
@@ -228,7 +231,7 @@ class Course:
 
     # ── inside ──
 
-    def _write_page(self, lab: Any, score: Score) -> list[str]:
+    def _write_page(self, lab: Lab, score: Score) -> list[str]:
         """Bring a student's feedback page up to date; returns the remarks on the submission."""
         nb = self._read(converting.MARKED, lab.name, score.student)
         results = results_of(nb)
@@ -262,13 +265,9 @@ class Course:
                 "the same command again; what is recorded stays.",
             )
 
-    def _read(self, step: str, lab: str, student: str) -> dict[str, Any]:
+    def _read(self, step: str, lab: str, student: str = "") -> dict[str, Any]:
         """A student's notebook as plain JSON; empty if there is none, or only the beginning of one."""
-        try:
-            found = json.loads(self._notebook(step, lab, student).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return _json(self._notebook(step, lab, student))
 
     def _score(self, lab: str, student: str) -> Score | None:
         found = database.read_scores(self.engine, lab, student)
@@ -281,7 +280,7 @@ class Course:
     def _order(self, lab: str) -> list[str]:
         """The names of a lab's graded cells in the order of its notebook."""
         if lab not in self._orders:
-            released = self._read(converting.RELEASE, lab, "")
+            released = self._read(converting.RELEASE, lab)
             own = [cell["metadata"].get("nbgrader", {}) for cell in released["cells"]]
             self._orders[lab] = [m["grade_id"].removeprefix(CHECK_PREFIX) for m in own if m.get("grade")]
         return self._orders[lab]
@@ -343,7 +342,7 @@ class Course:
                 if not (into / f"{lab}.ipynb").is_file():
                     raise
                 source = into
-        notebook = authoring.clean(authoring.canonical.read(source / f"{lab}.ipynb"))
+        notebook = authoring.clean(canonical.read(source / f"{lab}.ipynb"))
         state = self.folder / ".registered.json"
         done = _json(state)
         fingerprint = hashlib.sha256(json.dumps([notebook, self.db_url], sort_keys=True).encode()).hexdigest()
@@ -352,7 +351,7 @@ class Course:
         if source != into:
             shutil.rmtree(into, ignore_errors=True)
             shutil.copytree(source, into, ignore=authoring.IGNORED)
-        write_whole(into / f"{lab}.ipynb", authoring.canonical.dumps(notebook))
+        write_whole(into / f"{lab}.ipynb", canonical.dumps(notebook))
         assert self.engine is not None  # the tables, before nbgrader looks for them
         try:
             converting.generate(converting.configuration(self.folder, self.db_url), lab)
@@ -386,7 +385,7 @@ def _agrees(score: Score, results: Mapping[str, Any]) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

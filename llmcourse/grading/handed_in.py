@@ -33,8 +33,8 @@ MAX_BRACKETS = 500_000  # lists and dictionaries; a notebook with big pictures h
 MAX_CELLS = 1_000
 MAX_SOURCE = 50_000  # characters of one cell
 MAX_ENTRIES = 10_000  # of a folder
-MAX_ID = 80
-MARKER = "nbgrader_config.py"  # a folder that holds this is a gradebook and not a student
+MAX_ID, MAX_ID_BYTES = 80, 200  # it becomes a file's name, and 255 bytes are what one may have
+MARKER = "nbgrader_config.py"  # a folder that holds this and no notebook is a gradebook
 
 _UNSAFE = re.compile(r"[^\w.@+ -]")
 _LAB_NUMBER = re.compile(r"lab(\d+)", re.IGNORECASE)
@@ -76,25 +76,24 @@ class RawNotebook:
 # ── which submissions there are ──────────────────────────────────────────────────────────────────
 
 
-def find_submissions(folder: Path, lab: Any) -> list[Submission]:
-    """The submissions of `lab` (its name, or a `Lab`) in `folder`, in the order of the students' ids.
+def find_submissions(folder: Path, name: str) -> list[Submission]:
+    """The submissions of lab `name` in `folder`, in the order of the students' ids.
 
     An entry that is a link stays in the list, so that its student is told and not forgotten.
     """
-    name = str(getattr(lab, "name", lab))
     found: dict[str, Submission] = {}
     for entry in sorted(_entries(folder), key=lambda e: (e.name.endswith(".ipynb"), os.fsencode(e.name))):
-        if (given := _student(entry)) is None:
+        if (given := _student(entry, name)) is None:
             continue
         path = Path(entry.path)
-        if not entry.is_symlink() and os.path.lexists(path / name):
+        if name and not entry.is_symlink() and os.path.lexists(path / name):
             path /= name
         student = safe_id(given)
         remarks = [f"graded as {student}: the name {shown(given)} has unusual characters"] * (
             student != given
         )
         if student.casefold() in found:
-            student = f"{student[: MAX_ID - 5]}-{_short_hash(entry.name)}"
+            student = _with_hash(student, entry.name)
             remarks = [f"graded as {student}: another submission has the name {shown(given)}"]
         found[student.casefold()] = Submission(student, path, tuple(remarks))
     return sorted(found.values(), key=lambda s: s.student)
@@ -103,8 +102,8 @@ def find_submissions(folder: Path, lab: Any) -> list[Submission]:
 def safe_id(name: str) -> str:
     """A student id without path tricks, wildcards or characters that only some systems can store."""
     plain = unicodedata.normalize("NFC", name)
-    safe = _UNSAFE.sub("_", plain).strip(" ").lstrip(".-")[:MAX_ID].rstrip(" ")
-    return safe if safe in (name, plain) else f"{safe[: MAX_ID - 5] or 'student'}-{_short_hash(name)}"
+    safe = _cut(_UNSAFE.sub("_", plain).strip(" ").lstrip(".-"))
+    return safe if safe in (name, plain) else _with_hash(safe or "student", name)
 
 
 def shown(text: str, length: int = 60) -> str:
@@ -113,18 +112,23 @@ def shown(text: str, length: int = 60) -> str:
     return f"{kept[:length]}…" if len(kept) > length else kept
 
 
-def _student(entry: os.DirEntry[str]) -> str | None:
+def _student(entry: os.DirEntry[str], lab: str) -> str | None:
     """The student whom an entry of the folder belongs to, if it is a submission at all."""
     name = entry.name
     if name.startswith(".") or name == "__MACOSX":
         return None
     if name.endswith(".ipynb"):
         return name.removesuffix(".ipynb")
-    if entry.is_symlink():
-        return name if entry.is_dir() or not os.path.exists(entry.path) else None
-    if not entry.is_dir() or os.path.lexists(Path(entry.path) / MARKER):
-        return None
-    return name
+    if entry.is_symlink():  # os.path: of a link to itself, an entry cannot say what it is
+        return name if os.path.isdir(entry.path) or not os.path.exists(entry.path) else None
+    return name if entry.is_dir() and not _is_gradebook(Path(entry.path), lab) else None
+
+
+def _is_gradebook(folder: Path, lab: str) -> bool:
+    """Whether a folder holds a course's gradebook. A student may have handed in its settings, too."""
+    if not os.path.lexists(folder / MARKER):
+        return False
+    return not os.path.lexists(folder / lab) and not any(e.name.endswith(".ipynb") for e in _entries(folder))
 
 
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────
@@ -171,8 +175,12 @@ def _choose(path: Path, name: str, remarks: list[str]) -> Path:
         raise RefusedError("nothing was handed in")
     if path.is_symlink() or not path.is_dir():
         return path  # a link is refused where it is read
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise RefusedError("the folder cannot be read: its permissions do not let the grader in")
+    other = ""
     for level in _levels(path, depth=3):
         there = [p for p in level if not _of_another_lab(p.stem, name)]
+        other = next((shown(p.name) for p in level if p not in there), other)
         regular = [p for p in there if stat.S_ISREG(p.lstat().st_mode)]
         odd = [p for p in there if p not in regular]
         remarks += [
@@ -180,7 +188,8 @@ def _choose(path: Path, name: str, remarks: list[str]) -> Path:
         ]
         if regular:
             return _pick(regular, path, name, remarks)
-    raise RefusedError("; ".join(remarks) or "no notebook was handed in: the folder holds no .ipynb file")
+    none = f"the folder holds {other}, of another lab" if other else "the folder holds no .ipynb file"
+    raise RefusedError("; ".join(remarks) or f"no notebook was handed in: {none}")
 
 
 def _pick(regular: list[Path], folder: Path, name: str, remarks: list[str]) -> Path:
@@ -229,8 +238,16 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "something unknown")
 
 
-def _short_hash(name: str) -> str:
-    return hashlib.sha256(os.fsencode(name)).hexdigest()[:4]
+def _with_hash(student: str, name: str) -> str:
+    """`student`, told from others that became the same by a few digits made from the `name` as it came."""
+    digits = hashlib.sha256(os.fsencode(name)).hexdigest()[:4]
+    return f"{_cut(student, spare=len(digits) + 1)}-{digits}"
+
+
+def _cut(student: str, spare: int = 0) -> str:
+    """As much of `student` as an id may have, less `spare` characters."""
+    cut = student[: MAX_ID - spare].encode()[: MAX_ID_BYTES - spare].decode(errors="ignore")
+    return cut.rstrip(" ")
 
 
 # ── the cells ────────────────────────────────────────────────────────────────────────────────────

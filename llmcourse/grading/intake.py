@@ -10,7 +10,8 @@ kernel. From the learner come three things only:
 So a check cell that was edited, copied, deleted or given other points does not matter, nor does what
 metadata the file has. A solution is found by its grade_id, else by its cell's id, else by the function
 that it defines, an answer by its place. Where a solution cell was copied, **the last copy that is more
-than the stub counts**, as it would in a notebook that is run from top to bottom; the others go.
+than the stub counts**, as it would in a notebook that is run from top to bottom. Those before it stay
+as cells of the learner's own: they may be its first half (JupyterLab splits a cell into two copies).
 
 All Markdown of the learner's is made inert (see `inert`): an instructor's browser renders it.
 """
@@ -232,10 +233,15 @@ class _Rebuild:
         if mine:
             cell = self.cells[mine[-1]]
             slot.taken, slot.pictures = cell.source, cell.pictures
+            earlier = {i for i in mine if self.cells[i].source != cell.source}
+            slot.copies = [i for i in slot.copies if i not in earlier]
+            self.used -= earlier
 
     def _tell_about_solution(self, slot: _Slot, mine: Sequence[int]) -> None:
         if len({self.cells[i].source for i in mine}) > 1:
-            self.remarks.append(f"{len(mine)} cells are called {slot.name}; the last of them was graded")
+            self.remarks.append(
+                f"{len(mine)} cells are called {slot.name}; all were run, and the last one counts"
+            )
         if self.cells and not slot.copies:
             self.remarks.append(f"the cell {slot.name} was deleted; it counts as not done")
         elif mine and self.cells[mine[-1]].kind != slot.cell.cell_type:

@@ -13,8 +13,9 @@ Each request has a number `n`, which its answer repeats. While a call runs, a fu
 arguments (an oracle, which stays with the judge) is called by {"ask": id, "args", "kwargs"}, answered
 by {"value"} or {"raised", "message"}.
 
-**Nothing here is trusted.** The learner's code shares this process and can replace anything in it. The
-worst that it gains is a wrong answer, which is judged elsewhere, or no answer.
+**Nothing here is trusted.** The learner's code shares this process and can replace anything in it. What
+a function returns, and how often it asks an oracle, is judged elsewhere, whatever it does here. What is
+noted here about a call (written arguments, costs) is evidence of a mistake, and no proof against deceit.
 
 Imports are few: forty submissions start this process forty times.
 """
@@ -28,6 +29,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, NoReturn
 
 from llmcourse.grading.channel import Channel, ChannelError, MessageTooLarge
@@ -63,6 +65,7 @@ class Learner:
         self.channel, self.output_chars = channel, output_chars
         self.pid = os.getpid()
         self.shell = Shell.start()
+        self.functions: dict[str, FunctionType] = {}  # each name's last: `f = f(x)` undoes no exercise
         self.call_number = 0  # of the call that runs; 0 when none does
         self.asking = threading.Lock()  # one question at a time
         # A forked child runs on in the same cell; what it says must not be taken for an answer.
@@ -93,16 +96,17 @@ class Learner:
 
     def do_cell(self, request: dict[str, Any]) -> dict[str, Any]:
         shown, error = self.shell.run(request["id"], request["source"], self.output_chars)
+        named = list(self.shell.user_ns.items())
+        self.functions |= {name: value for name, value in named if type(value) is FunctionType}
         return shown.as_plain() | {"error": None if error is None else vars(cell_failure(error))}
 
     def do_defines(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"defines": callable(self.shell.user_ns.get(request["name"]))}
+        return {"defines": callable(self._function(request["name"]))}
 
     def do_call(self, request: dict[str, Any]) -> dict[str, Any]:
         name = request["name"]
-        if name not in self.shell.user_ns:
+        if (fn := self._function(name)) is None:
             return failed_call(Failure("NameError", f"{NO_FUNCTION} {name}"))
-        fn = self.shell.user_ns[name]
         if not callable(fn):
             return failed_call(Failure("TypeError", f"{name} is a {type(fn).__name__}, not a function"))
         self.shell.show_in(Shown(0))
@@ -113,6 +117,11 @@ class Learner:
             return failed_call(failure(error, fn))
         finally:
             self.call_number = 0
+
+    def _function(self, name: str) -> Any:
+        """What the notebook calls `name`; a function, if the name has ever been one."""
+        found = self.shell.user_ns.get(name)
+        return found if callable(found) else self.functions.get(name, found)
 
     # ── the judge's functions ────────────────────────────────────────────────────────────────────
 
@@ -178,6 +187,7 @@ def main() -> NoReturn:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
+    sys.path.insert(0, "")  # as in a notebook: a module that a cell wrote (%%writefile) can be imported
     learner.serve()
 
 

@@ -9,20 +9,20 @@ HTML, SVG, scripts and widgets of a submission never reach a page that an instru
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 from typing import Any
 
+from llmcourse.grading.inert import checked_png
+
 TEXT_KEPT = 20_000  # characters that a cell may show
 PICTURES_KEPT = 12
 PICTURE_BYTES = 2_000_000
-PNG = b"\x89PNG\r\n\x1a\n"
 
 TEXT_KIND, PICTURE_KIND = "text/plain", "image/png"
 KINDS = (TEXT_KIND, PICTURE_KIND)
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -118,10 +118,8 @@ def cleaned(found: dict[str, Any], count: int, text_kept: int = TEXT_KEPT) -> li
     for output in found["outputs"]:
         if "data" in output:
             data = output["data"]
-            png = _png(data[PICTURE_KIND]) if PICTURE_KIND in data else None
-            again.data(
-                {TEXT_KIND: clean_text(data.get(TEXT_KIND, "")), PICTURE_KIND: png}, output["result"] is True
-            )
+            text, png = clean_text(data.get(TEXT_KIND, "")), checked_png(data.get(PICTURE_KIND))
+            again.data({TEXT_KIND: text, PICTURE_KIND: png}, output["result"] is True)
         else:
             name = "stderr" if output["name"] == "stderr" else "stdout"
             again.stream(name, clean_text(output["text"]))
@@ -132,16 +130,11 @@ def cleaned(found: dict[str, Any], count: int, text_kept: int = TEXT_KEPT) -> li
 
 
 def clean_text(text: str) -> str:
-    """`text` without colours and control characters. Raises TypeError if it is none."""
+    """`text` without colours, control characters and halves of surrogate pairs; lines end with \\n.
+
+    Raises TypeError if it is none.
+    """
     return _CONTROL.sub("", _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
-
-
-def _png(encoded: bytes) -> bytes | None:
-    try:
-        picture = base64.b64decode(encoded, validate=False)
-    except binascii.Error:
-        return None
-    return picture if picture.startswith(PNG) else None
 
 
 def _in_notebook_form(output: dict[str, Any], count: int) -> dict[str, Any]:

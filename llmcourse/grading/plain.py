@@ -14,6 +14,7 @@ import json
 import math
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ MAX_INT_BITS = 4096
 MAX_ELEMENTS = 2_000_000  # of lists, tuples and dicts, in all
 MAX_HEAD_BYTES = 8_000_000  # many small lists in it would take a hundred times that in memory
 MAX_BYTES = 256_000_000
+MAX_ALIKE = 50  # keys of a dict with the same hash: looking one up compares it with all of them
 KINDS = "biufc"  # NumPy's bool, int, unsigned, float, complex
 SCALARS = frozenset(t for t in np.sctypeDict.values() if np.dtype(t).kind in KINDS)
 TENSORS = {  # torch's, without those that are quantized or smaller than a byte
@@ -213,6 +215,7 @@ class _Unpack:
             raise _broken("the head is cut off, or too large")
         self.data, self.at, self.make_callable = data, 8 + size, make_callable
         self.arrays: list[np.ndarray] = []
+        self.again = 0  # bytes of arrays that are there more than once, counted each time
         self.head = json.loads(data[8 : 8 + size].decode("utf-8", "surrogatepass"))
 
     def message(self) -> Any:
@@ -245,7 +248,7 @@ class _Unpack:
             case "t":
                 return tuple(self.value(item) for item in rest)
             case "d":
-                return {self.value(k): self.value(item) for k, item in rest}
+                return self.mapping(rest)
             case "n":
                 (scalar,) = self.numbers(*rest)
                 return scalar
@@ -253,12 +256,26 @@ class _Unpack:
                 self.arrays.append(self.array(*rest))
                 return self.arrays[-1]
             case "=" if type(rest[0]) is int and rest[0] >= 0:
-                return self.arrays[rest[0]]
+                return self.seen(rest[0])
             case "T":
                 return self.tensor(*rest)
             case "F" if self.make_callable is not None:
                 return self.make_callable(rest[0])
         raise _broken(f"an unknown tag {str(tag)[:20]!r}")
+
+    def mapping(self, pairs: list[list[Any]]) -> dict[Any, Any]:
+        """Keys of one hash, which a sender can choose, would take a time that grows with their square."""
+        keys = [self.value(k) for k, _ in pairs]
+        if max(Counter(map(hash, keys)).values(), default=0) > MAX_ALIKE:
+            raise _broken("keys of a dict were chosen to be slow")
+        return dict(zip(keys, (self.value(item) for _, item in pairs), strict=True))
+
+    def seen(self, place: int) -> np.ndarray:
+        """An array once more. A short list of them would be a large array as soon as it is made one."""
+        self.again += self.arrays[place].nbytes + 1
+        if self.again > MAX_BYTES:
+            raise _broken(f"arrays that are there again, with more than {MAX_BYTES:,} bytes")
+        return self.arrays[place]
 
     def numbers(self, dtype: str, size: int) -> np.ndarray:
         kind = _dtype(dtype)

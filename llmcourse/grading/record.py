@@ -16,38 +16,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from nbformat import NotebookNode
 
 from llmcourse.grading.inert import checked_png
 from llmcourse.grading.intake import Intake
+from llmcourse.grading.outputs import clean_text
+
+if TYPE_CHECKING:
+    from llmcourse.grading.stage import Judged
 
 KEY, RESULTS = "llmcourse", "results"
 MAX_TEXT = 50_000  # characters of a cell's outputs
 MAX_OUTPUTS = 200
 NOT_JUDGED = {"ok": False, "state": "failed", "text": "✗ not judged"}
-
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-class Judged(Protocol):
-    """What the judge found, as plain data.
-
-    outputs   cell id → outputs in nbformat's form
-    marks     graded cell's grade_id → {"ok": bool, "text": str, …}
-    remarks   what is to be said about the run as a whole
-    """
-
-    @property
-    def outputs(self) -> Mapping[str, Sequence[Mapping[str, Any]]]: ...
-    @property
-    def marks(self) -> Mapping[str, Mapping[str, Any]]: ...
-    @property
-    def remarks(self) -> Sequence[str]: ...
 
 
 def judged_notebook(intake: Intake, judged: Judged) -> NotebookNode:
@@ -106,8 +90,8 @@ def verdict_output(mark: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text(value: object) -> str:
-    """`value` as text without colours, control characters and halves of surrogate pairs."""
-    return _CONTROL.sub("", _ANSI.sub("", "" if value is None else str(value)))
+    """`value` as text that every page and database can hold (see `clean_text`); "" for None."""
+    return clean_text("" if value is None else str(value))
 
 
 def _output(output: Mapping[str, Any], left: int) -> dict[str, Any] | None:

@@ -237,10 +237,24 @@ def _file_system(limits: Limits, hide: Iterable[Path | str]) -> list[str]:
     for exercises in package.glob("labs/lab*"):
         mounts.cover(exercises)
     for hidden in hide:
-        for path in [hidden] if isinstance(hidden, Path) else module_paths(hidden):
+        found = [hidden] if isinstance(hidden, Path) else module_paths(hidden)
+        if isinstance(hidden, str):  # also what our own Python would not find, and a changed sys.path would
+            parts = hidden.replace(".", "/")
+            found += [
+                f / end for f in _package_folders(frozenset(mounts.binds)) for end in (parts, f"{parts}.py")
+            ]
+        for path in found:
             mounts.cover(path)
     read_only = [word for place in (FIRST_INSIDE, "/dev", "/") for word in ("--remount-ro", place)]
     return [*options, *mounts.options(), *read_only]
+
+
+@cache
+def _package_folders(binds: frozenset[Path]) -> list[Path]:
+    """The package folders of every Python in `binds`: the base interpreter's, other environments'."""
+    inside = [f"{top}lib*/python3*/*-packages" for top in ("", "local/", "envs/*/", "pkgs/*/")]
+    found = {folder for bind in binds for pattern in inside for folder in bind.glob(pattern)}
+    return sorted({*found, *(bind for bind in binds if bind.name.endswith("-packages"))})
 
 
 def _prefixes_of_the_interpreter() -> list[Path]:

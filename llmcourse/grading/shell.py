@@ -107,6 +107,10 @@ class Shell(InteractiveShell):
     def enable_gui(self, gui: str | None = None) -> None:
         """Figures are inline."""
 
+    def enable_matplotlib(self, gui: str | None = None) -> Any:
+        """Inline, whatever was asked for: `%matplotlib widget` must not end the cell that holds it."""
+        return super().enable_matplotlib("inline")
+
     # IPython 9 keeps all that is printed for its history, and that may be gigabytes.
     def _tee(self, channel: str) -> Any:
         return nullcontext()

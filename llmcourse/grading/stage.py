@@ -7,7 +7,9 @@
 
 A graded cell is run here, from the instructor's copy, in a namespace where the learner's functions are
 proxies: calling one sends the arguments over and gets plain data back. So nothing that a submission
-does to `assert`, to the checker or to its own process can change what is decided.
+does to `assert` or to the checker can change what is decided of its values, nor how often it asked the
+judge's own functions. What is counted beside the function (costs, arguments written to) is that
+process's word.
 
 The stage is a function of its `Job` alone, and a job is plain data: a worker process or another machine
 can run it, and running it again gives the same marks.
@@ -19,18 +21,22 @@ import builtins
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import perf_counter
 from types import CodeType
 from typing import Any
 
 import numpy as np
 
+from llmcourse.grading.handed_in import shown
 from llmcourse.grading.limits import Limits
 from llmcourse.grading.session import Cell, CellResult, LearnerError, RemoteSubject, Session
 from llmcourse.grading.verdict import CheckFailed, Verdict, judge
 from llmcourse.labs.catalog import Lab, find_lab
 
-DEMO = "demo"  # a cell with this tag shows something and is not run when grading
+DEMO = "demo"  # a cell with this tag shows something and is not run when it is judged
+MAX_REMARKS = 20  # on cells
+MAX_VERDICT = 20_000  # characters: an assertion's message may hold whatever a function returned
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Job:
     cells    the code cells that run in the learner's process, in order: {"id", "source"}
     graded   the graded cells, in order: {"id", "source"}, from the instructor's copy
     seed     of the random inputs; not known to the learner
+    hide     folders that must be out of its sight, wherever they lie
     """
 
     student: str
@@ -49,6 +56,7 @@ class Job:
     seed: int
     sandbox: bool = True
     limits: Mapping[str, float] = field(default_factory=dict)
+    hide: tuple[str, ...] = ()
 
 
 @dataclass
@@ -72,6 +80,14 @@ class Judged:
         return asdict(self)
 
 
+def is_run(cell: Mapping[str, Any]) -> bool:
+    """Whether a notebook's cell is run in the learner's process: code that defines, not checks or demos."""
+    if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
+        return False
+    metadata = cell["metadata"]
+    return not metadata.get("nbgrader", {}).get("grade") and DEMO not in metadata.get("tags", [])
+
+
 def judge_submission(job: Job, slot: int = 0) -> Judged:
     """Run a submission's cells in a process of their own and judge its functions from this one.
 
@@ -85,6 +101,7 @@ def judge_submission(job: Job, slot: int = 0) -> Judged:
         cells,
         limits=Limits(**job.limits),  # type: ignore[arg-type]
         sandbox=job.sandbox,
+        hide=[Path(folder) for folder in job.hide],
         forbidden=lab.forbidden,
         slot=slot,
     ) as session:
@@ -92,13 +109,15 @@ def judge_submission(job: Job, slot: int = 0) -> Judged:
             judged.outputs[result.id] = result.outputs
             if note := _remark(result):
                 judged.remarks.append(note)
+        if (more := len(judged.remarks) - MAX_REMARKS) > 0:
+            judged.remarks[MAX_REMARKS:] = [f"and {more} more cells with errors"]
         for cell in job.graded:
             judged.marks[cell["id"]] = _mark(cell["source"], session, lab, job.seed)
     judged.seconds = perf_counter() - began
     return judged
 
 
-class Bench:
+class GradedCell:
     """`check` and `hint` as a graded cell finds them here."""
 
     def __init__(self, lab: Lab, seed: int) -> None:
@@ -120,11 +139,11 @@ class Bench:
 
 def _mark(source: str, session: Session, lab: Lab, seed: int) -> dict[str, Any]:
     """Run a graded cell's source; what it raises decides."""
-    bench = Bench(lab, seed)
+    cell = GradedCell(lab, seed)
     text, state = "", "passed"
     try:
         code = compile(source, "graded cell", "exec")
-        exec(code, _namespace(code, session, bench))
+        exec(code, _namespace(code, session, cell))
     except CheckFailed as failed:
         text, state = str(failed.verdict), failed.verdict.state
     except LearnerError as error:
@@ -139,14 +158,14 @@ def _mark(source: str, session: Session, lab: Lab, seed: int) -> dict[str, Any]:
             "failed",
         )
     if not text:
-        text = "\n".join(map(str, bench.verdicts)) or "✓ every assertion holds"
-    mistake = next((v.mistake.name for v in bench.verdicts if v.mistake), "")
-    return {"ok": state == "passed", "state": state, "text": text, "mistake": mistake}
+        text = "\n".join(map(str, cell.verdicts)) or "✓ every assertion holds"
+    mistake = next((v.mistake.name for v in cell.verdicts if v.mistake), "")
+    return {"ok": state == "passed", "state": state, "text": text[:MAX_VERDICT], "mistake": mistake}
 
 
-def _namespace(code: CodeType, session: Session, bench: Bench) -> dict[str, Any]:
+def _namespace(code: CodeType, session: Session, cell: GradedCell) -> dict[str, Any]:
     """What a graded cell can name: NumPy, `check`, and the learner's functions for every other name."""
-    known: dict[str, Any] = {"np": np, "numpy": np, "check": bench.check, "hint": bench.hint}
+    known: dict[str, Any] = {"np": np, "numpy": np, "check": cell.check, "hint": cell.hint}
     names = _names(code) - known.keys() - set(dir(builtins))
     return {**known, **{name: RemoteSubject(session, name) for name in sorted(names)}}
 
@@ -162,5 +181,6 @@ def _remark(result: CellResult) -> str:
         return f"cell {result.id}: {result.note}"
     if result.error:
         line = f" (line {result.error.line})" if result.error.line else ""
-        return f"cell {result.id}: {result.error.kind}: {result.error.message}{line}"
+        said = " ".join(f"{result.error.kind}: {result.error.message}".split())
+        return f"cell {result.id}: {shown(said, 300)}{line}"  # one line, that can't pass for one of ours
     return ""

@@ -85,7 +85,7 @@ class Trial:
     counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rng = np.random.default_rng([self.seed, crc32(self.check.encode())])
+        self.rng = np.random.default_rng([self.seed % 2**64, crc32(self.check.encode())])
         self._oracles: list[Oracle] = []
         self._said = ""
 

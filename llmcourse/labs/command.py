@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import llmcourse
-from llmcourse.errors import CourseError, DiskError, NotebookError, UnknownNameError
+from llmcourse.errors import DiskError, NotebookError, UnknownNameError
 from llmcourse.labs.catalog import LABS, Lab, find_lab
 from llmcourse.notebook import Table
 
 FOLDER = Path("mylabs")
-DEMO = "demo"
 
 
 def command(
@@ -177,17 +176,24 @@ def check(lab: Lab, exercises: Sequence[str], file: Path, seed: int | None = Non
 def read_cells(file: Path) -> list[Any]:
     """The code cells of a lab's notebook that define things: not its checks, not its demonstrations."""
     from llmcourse.grading.session import Cell
+    from llmcourse.grading.stage import is_run
 
     try:
         nb = json.loads(file.read_text(encoding="utf-8"))
         return [
-            Cell(str(cell.get("id", number)), _source(cell))
+            Cell(str(cell.get("id", number)), "".join(cell["source"]))
             for number, cell in enumerate(nb["cells"], start=1)
-            if cell["cell_type"] == "code" and _defines(cell)
+            if is_run(cell)
         ]
     except FileNotFoundError:
         raise UnknownNameError(
             f"there is no file {file}.", "--file names your notebook.", "the path of an .ipynb file."
+        ) from None
+    except OSError as error:
+        raise UnknownNameError(
+            f"{file} cannot be read: {error.strerror or error}.",
+            "--file names your notebook.",
+            "the path of an .ipynb file that you may read.",
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotebookError(
@@ -197,27 +203,13 @@ def read_cells(file: Path) -> list[Any]:
         ) from None
 
 
-def _defines(cell: dict[str, Any]) -> bool:
-    graded = cell["metadata"].get("nbgrader", {}).get("grade", False)
-    return not graded and DEMO not in cell["metadata"].get("tags", []) and bool(_source(cell).strip())
-
-
-def _source(cell: dict[str, Any]) -> str:
-    source = cell["source"]
-    return source if isinstance(source, str) else "".join(source)
-
-
 def _the_lab(names: Sequence[str], file: Path | None) -> Lab:
     if names:
         return find_lab(names[0])
-    if file is not None:
+    if file is not None and any(file.stem == lab.name for lab in LABS):
         return find_lab(file.stem)
     if len(LABS) == 1:
         return LABS[0]
-    raise UnknownLabError(
-        "which lab?", "There are several.", f"one of {', '.join(lab.name for lab in LABS)}."
+    raise UnknownNameError(
+        "no lab was named.", "There are several.", f"one of {', '.join(lab.name for lab in LABS)}."
     )
-
-
-class UnknownLabError(CourseError, LookupError):
-    """No lab was named."""

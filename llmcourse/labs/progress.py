@@ -22,6 +22,7 @@ from weakref import WeakSet
 from filelock import FileLock
 
 from llmcourse.course import progress_path
+from llmcourse.files import write_whole
 from llmcourse.grading.exercise import Exercise
 from llmcourse.grading.verdict import Verdict
 from llmcourse.labs.catalog import Lab
@@ -180,9 +181,7 @@ def _change(lab: str, exercise: str, change: Callable[[Entry], object]) -> None:
                 file.replace(f"{file}.broken")
                 labs = {}
             change(labs.setdefault(lab, {}).setdefault(exercise, {}))
-            scratch = file.with_suffix(".tmp")
-            scratch.write_text(json.dumps(labs, indent=1), encoding="utf-8")
-            scratch.replace(file)
+            write_whole(file, json.dumps(labs, indent=1))
     except OSError as error:
         warnings.warn(f"Progress is not kept: {file} could not be written ({error}).", stacklevel=3)
     for watcher in list(_watchers):

@@ -20,9 +20,7 @@ run in another order keeps its numbers and is caught by the gate.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import unicodedata
 import warnings
 from collections.abc import Iterable
@@ -35,6 +33,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from llmcourse.errors import NotebookError
+from llmcourse.files import write_whole
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 INJECTED = "injected-parameters"
@@ -87,19 +86,8 @@ def read(path: Path) -> NotebookNode:
 
 def write(path: Path, nb: NotebookNode) -> bool:
     """Put `nb` in canonical form at `path`, whole or not at all. Returns whether the file changed."""
-    text = dumps(canonicalise(nb))
-    if path.exists() and path.read_bytes() == text.encode():
-        return False
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(scratch, path.stat().st_mode if path.exists() else 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return True
+    mode = path.stat().st_mode if path.exists() else 0o644
+    return write_whole(path, dumps(canonicalise(nb)), mode)
 
 
 def _is_chaff(cell: NotebookNode) -> bool:

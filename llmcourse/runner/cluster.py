@@ -13,7 +13,6 @@ node that died. A notebook that fails by itself is not repeated: it would fail a
 from __future__ import annotations
 
 import importlib
-import os
 import socket
 import tempfile
 from collections import deque
@@ -24,6 +23,7 @@ from time import monotonic
 from typing import Any
 
 from llmcourse.errors import DeviceError
+from llmcourse.files import write_whole
 from llmcourse.runner.discover import Notebook, refuse_to_overwrite
 from llmcourse.runner.outcome import CellError, Event, Outcome
 from llmcourse.runner.pool import Stopped, not_run
@@ -218,12 +218,7 @@ class _Driver:
 
     def _keep(self, name: str, text: str) -> Path:
         path = self.out / f"{name}.ipynb"
-        scratch = path.with_name(f".{path.name}.part")
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_whole(path, text)
         return path
 
     def _finish(self, index: int, outcome: Outcome) -> None:

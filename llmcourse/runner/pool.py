@@ -131,15 +131,15 @@ def not_run(notebook: Notebook) -> Outcome:
     )
 
 
-def places_for(jobs: int | None, notebooks: int) -> int:
-    """How many notebooks may run at once; by default one for each core."""
+def places_for(jobs: int | None, count: int, what: str = "notebook") -> int:
+    """How many of `count` notebooks may run at once; by default one for each core."""
     if jobs is not None and jobs < 1:
         raise NotebookError(
-            f"--jobs {jobs} leaves no notebook to run at a time.",
+            f"--jobs {jobs} leaves no {what} to run at a time.",
             "A run needs at least one place.",
-            f"--jobs 1, or leave it out for one notebook on each of the {core_count()} cores.",
+            f"--jobs 1, or leave it out for one {what} on each of the {core_count()} cores.",
         )
-    return max(1, min(jobs or core_count(), notebooks))
+    return max(1, min(jobs or core_count(), count))
 
 
 def fits(need_mb: float, running: Iterable[tuple[float, float]], available_mb: float) -> bool:

@@ -37,6 +37,7 @@ from urllib.parse import quote
 import psutil
 
 from llmcourse import __version__
+from llmcourse.files import write_whole
 from llmcourse.runner.outcome import CellRun, Outcome
 
 PACKAGES = ("papermill", "nbclient", "ipykernel", "torch", "triton", "numpy", "matplotlib")
@@ -45,8 +46,8 @@ PACKAGES = ("papermill", "nbclient", "ipykernel", "torch", "triton", "numpy", "m
 def write_report(out: Path, outcomes: Sequence[Outcome], *, seconds: float, asked: Mapping[str, Any]) -> None:
     """Write `report.json` and `report.html` to the folder `out`, each whole or not at all."""
     report = describe(out, outcomes, seconds=seconds, asked=asked)
-    _write(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    _write(out / "report.html", page(report))
+    write_whole(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(out / "report.html", page(report))
 
 
 def remove_report(out: Path) -> None:
@@ -95,15 +96,6 @@ def _notebook(out: Path, outcome: Outcome) -> dict[str, Any]:
     plain["executed"] = None if path is None else os.path.relpath(path, out.resolve())
     del plain["executed_path"]
     return plain
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.part")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────

@@ -536,3 +536,110 @@ def abuse_of_the_judges_own_function(w: Workshop) -> None:
 def nothing_done(w: Workshop) -> None:
     stub = 'raise NotImplementedError("not implemented yet")'
     w.save(w.notebook(**{name: f"def {name}(*args):\n    {stub}" for name in EXERCISES}))
+
+
+# ── bytes on the channel ─────────────────────────────────────────────────────────────────────────
+
+SPEAK = """
+import gc, struct, time
+def speak(value, buffers=b""):
+    learner = next(o for o in gc.get_objects() if type(o).__name__ == "Learner")
+    call = '["d",["value",%s],["error",null],["changed",["t"]],["overrun",["t"]],["grads",null],'
+    call = (call + '["costs",["d"]],["seconds",0]]') % value
+    head = ('["d",["n",%d],["call",%s]]' % (learner.call_number, call)).encode()
+    data = struct.pack("<Q", len(head)) + head + buffers
+    learner.channel.sock.sendall(struct.pack("<Q", len(data)) + data)
+    time.sleep(30)
+"""
+
+
+def spoken(what: str) -> str:
+    return f"{SPEAK}\ndef numeric_gradient(f, x, h=None):\n    {what}\n"
+
+
+@hostile(("numeric_gradient",), "no answer")
+def one_array_thousands_of_times(w: Workshop) -> None:
+    again = """'["l",["a","<f8",[500000],"C",4000000],%s]' % ",".join(['["=",0]'] * 2000)"""
+    w.save(w.notebook(numeric_gradient=spoken(f"speak({again}, bytes(4_000_000))")))
+
+
+@hostile(("numeric_gradient",), "no answer")
+def keys_of_one_hash(w: Workshop) -> None:
+    keys = """'["d",%s]' % ",".join(f"[{k * (2**61 - 1)},0]" for k in range(150_000))"""
+    w.save(w.notebook(numeric_gradient=spoken(f"speak({keys})")))
+
+
+# ── the instructor's terminal ────────────────────────────────────────────────────────────────────
+
+
+@hostile(SUM, r"ValueError: done emmy 0 points \?gnihton \[red\]hi")
+def a_message_like_the_graders_own_lines(w: Workshop) -> None:
+    said = "done\\nemmy  0 points\\n\\u202egnihton [red]hi\\x1b[2J\\x9b31m"
+    w.save(w.notebook(sum_to=wrong(before=f"raise ValueError('{said}')")))
+
+
+@hostile(SUM, "and 30 more cells with errors")
+def fifty_cells_with_long_errors(w: Workshop) -> None:
+    nb = w.notebook(sum_to=wrong())
+    for i in range(50):
+        source = "raise ValueError('long ' * 1000)"
+        nb["cells"].append({"cell_type": "code", "id": f"e{i}", "metadata": {}, "source": source})
+    w.save(nb)
+
+
+@hostile(SUM, "LookupError|No module")
+def the_packages_of_another_python(w: Workshop) -> None:
+    look = (
+        "import glob, sys\nsys.meta_path[:] = [m for m in sys.meta_path if type(m).__name__ != 'Forbidden']\n"
+        "for top in (sys.prefix, sys.base_prefix, '/usr', '/usr/local'):\n"
+        "    sys.path += glob.glob(f'{top}/lib*/python3*/*-packages')"
+    )
+    find = "import scipy.special; return grad.sum(tuple(range(grad.ndim - len(shape))))"
+    w.save(w.notebook(sum_to=wrong(before=look, inside=find)))
+
+
+# ── what honest notebooks hold ───────────────────────────────────────────────────────────────────
+
+
+@hostile((), "all were run, and the last one counts")
+def a_cell_that_was_split_in_jupyterlab(w: Workshop) -> None:
+    nb = w.extended("sum_to", before="leading(np.ones((2, 2)), (2,))")
+    half = deepcopy(cell(nb, "sum_to"))
+    half["id"] = "upper-half"
+    half["source"] = "def leading(grad, shape):\n    return grad.ndim - len(shape)"
+    nb["cells"].insert(nb["cells"].index(cell(nb, "sum_to")), half)
+    w.save(nb)
+
+
+@hostile((), "")
+def a_module_that_a_cell_writes(w: Workshop) -> None:
+    nb = w.extended("sum_to", before="import my_helpers")
+    source = "%%writefile my_helpers.py\nx = 1\n"
+    helper = {"cell_type": "code", "id": "helper", "metadata": {}, "source": source}
+    nb["cells"].insert(nb["cells"].index(cell(nb, "sum_to")), helper)
+    w.save(nb)
+
+
+@hostile((), "")
+def a_backend_for_figures_that_is_not_installed(w: Workshop) -> None:
+    w.save(w.extended("sum_to", before="%matplotlib widget"))
+
+
+@hostile((), "")
+def a_function_whose_name_was_given_to_its_result(w: Workshop) -> None:
+    nb = w.notebook()
+    source = "numeric_gradient = numeric_gradient(lambda x: float((x**2).sum()), np.ones(3))"
+    nb["cells"].append({"cell_type": "code", "id": "shadow", "metadata": {}, "source": source})
+    w.save(nb)
+
+
+@hostile((), "")
+def use_of_what_check_gives(w: Workshop) -> None:
+    use = "assert check(sum_to, seed=3).ok\nprint(check(sum_to).points)\nlab.progress(); lab.lab.name"
+    w.save(w.extended("cross_entropy", before=use))
+
+
+@hostile((), "")
+def settings_of_nbgrader_beside_the_notebook(w: Workshop) -> None:
+    w.save(w.notebook())
+    w.write("c = get_config()", "nbgrader_config.py")

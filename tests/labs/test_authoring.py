@@ -208,11 +208,17 @@ def test_nothing_half_written_is_left_by_a_build_that_fails(tmp_path, monkeypatc
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("llmcourse.grading.files.os.replace", fail)
+    monkeypatch.setattr("llmcourse.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         authoring.build(tmp_path, [NAME])
     assert (tmp_path / "labs" / NAME / f"{NAME}.ipynb").read_bytes() == before
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_folder_of_somebody_elses_solutions_is_not_taken_for_the_courses(tmp_path, monkeypatch) -> None:
+    (tmp_path / "solutions" / "homework").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert authoring.course_root() == ROOT
 
 
 @pytest.mark.parametrize("lab", authoring.find_sources(ROOT, []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,3 +145,11 @@ def test_a_very_long_answer_is_shown_as_typed() -> None:
     html = page(LAB, a_score(), a_notebook("![" * 50_000 + EVIL))
     assert "![![![" in html
     assert "<script" not in html
+
+
+@pytest.mark.parametrize("line", ["  \n", " \n", "\t\n", "\n"])
+def test_thousands_of_blank_lines_do_not_hold_up_a_class(line) -> None:
+    code = (line * 20_000)[:19_000] + "x = 1"
+    began = perf_counter()
+    assert "x = 1" in words(page(LAB, a_score(), a_notebook(code=code)))
+    assert perf_counter() - began < 2.5

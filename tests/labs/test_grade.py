@@ -17,8 +17,9 @@ from classroom import LAB, ROOT, hand_in
 from llmcourse import cli
 from llmcourse.errors import SandboxError, UnknownNameError
 from llmcourse.grading import sandbox
-from llmcourse.grading.grade import grade, seed_of, which_lab
+from llmcourse.grading.grade import Assignment, grade, which_lab
 from llmcourse.grading.gradebook import Course
+from llmcourse.grading.intake import find_submissions
 from llmcourse.grading.pool import judge_here
 from llmcourse.grading.stage import Job, judge_submission
 from llmcourse.labs.catalog import find_lab
@@ -179,10 +180,40 @@ def test_the_same_job_gives_the_same_marks(tmp_path):
     assert first.marks == second.marks
 
 
-def test_the_seed_belongs_to_the_course_and_stays(tmp_path):
-    seeds = [seed_of(tmp_path / name, LAB) for name in ("one", "one", "two")]
-    assert seeds[0] == seeds[1] != seeds[2]
+def test_the_seed_belongs_to_the_course_and_the_submission_and_stays(tmp_path):
+    hand_in(tmp_path / "class", "ada")
+    hand_in(tmp_path / "class", "emmy")
+    seeds = []
+    for name in ("one", "one", "two"):
+        with Course(tmp_path / name) as course:
+            course.prepare(LAB_01)
+            assignment = Assignment(course, LAB_01, unsafe=False, limits={})
+            rows = [assignment.row(s) for s in find_submissions(tmp_path / "class", LAB)]
+            seeds.append([assignment.seed(row) for row in rows])
+    assert seeds[0] == seeds[1]
+    assert len({*seeds[0], *seeds[2]}) == 4
     assert (tmp_path / "one" / "secret.key").stat().st_mode & 0o077 == 0
+
+
+def test_inputs_that_a_feedback_page_told_of_do_not_come_again(tmp_path):
+    tell = "def sum_to(grad, shape):\n    raise ValueError(grad.tobytes().hex()[:64])"
+    said = []
+    for extra in ("", "\n# again"):
+        hand_in(tmp_path / "class", "ada", sum_to=tell + extra)
+        with Course(tmp_path / "course") as course:
+            (row,) = grade(tmp_path / "class", LAB_01, course, workers=1).rows
+        assert row.judged is not None
+        said.append(row.judged.marks["check-sum_to"]["text"].splitlines()[1])
+    assert said[0] != said[1]
+
+
+def test_an_edited_check_is_a_reason_to_judge_anew(tmp_path, monkeypatch):
+    hand_in(tmp_path / "class", "ada")
+    with Course(tmp_path / "course") as course:
+        grade(tmp_path / "class", LAB_01, course, workers=1)
+        assert grade(tmp_path / "class", LAB_01, course, workers=1).rows[0].kept
+        monkeypatch.setattr("llmcourse.grading.grade._digest_of_checks", lambda lab: "other")
+        assert not grade(tmp_path / "class", LAB_01, course, workers=1).rows[0].kept
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────
@@ -212,7 +243,7 @@ def test_unsafe_grades_without_a_sandbox(tmp_path, monkeypatch):
     ("prepare", "says"),
     [
         (lambda folder: None, "there is no folder"),
-        (lambda folder: folder.mkdir(), "do not say which lab"),
+        (lambda folder: folder.mkdir(), "there is no submission"),
         (lambda folder: (folder / "somebody").mkdir(parents=True), "do not say which lab"),
     ],
 )
@@ -222,6 +253,17 @@ def test_a_folder_that_says_nothing_is_an_error_in_three_parts(prepare, says, tm
     said = capsys.readouterr().err
     assert says in said
     assert "Try " in said
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_no_places_to_judge_in_is_an_error_in_three_parts(jobs, tmp_path, capsys):
+    a_class(tmp_path / "submissions", 1)
+    options = ["--course", str(tmp_path / "course"), "--jobs", jobs]
+    assert cli.main(["grade", str(tmp_path / "submissions"), *options]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert f"--jobs {jobs} leaves no submission" in said[0]
+    assert len(said) == 3
+    assert not (tmp_path / "course").exists()
 
 
 def test_the_lab_is_read_off_the_files(tmp_path):

@@ -445,7 +445,8 @@ def test_a_lab_that_lost_a_cell_after_submissions_is_refused(course, released, t
     [
         ("nonsense", "not the URL of a database"),
         ("postgresql://ada:secret@/x?host=/nowhere", "cannot be opened"),
-        ("oracle://ada:secret@host/x", "cannot be opened"),
+        ("oracle://ada:secret@host/x", "cannot be kept in oracle"),
+        ("postgresql+none://ada:secret@host/x", "cannot be opened"),
         ("sqlite:////nowhere/at/all/gradebook.db", "cannot be opened"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 import pytest
 import small_lab
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_raw_cell
@@ -352,9 +352,21 @@ def test_of_copied_solutions_the_last_that_is_not_the_stub_counts(released, hand
         again.source, again.id = source, f"copy{len(nb.cells)}"
         nb.cells.append(again)
     intake = hand_in(nb)
-    assert says(intake, "2 cells are called double; the last of them was graded")
+    assert says(intake, "2 cells are called double", "the last one counts")
     assert find(intake.notebook, "double").source == "def double(x):\n    return 2 * x"
-    assert len(intake.notebook.cells) == len(released.cells)
+    assert len(intake.notebook.cells) == len(released.cells) + 1
+
+
+def test_the_first_half_of_a_split_cell_runs_before_the_second(released, hand_in) -> None:
+    """JupyterLab gives both halves of a cell that is split the same metadata."""
+    nb = solved(released)
+    second = find(nb, "double")
+    first = copy.deepcopy(second)
+    first.source, first.id = "twice = 2", "first-half"
+    nb.cells.insert(nb.cells.index(second), first)
+    second.source = "def double(x):\n    return twice * x"
+    kept = [c.source for c in hand_in(nb).notebook.cells]
+    assert kept.index("twice = 2") + 1 == kept.index("def double(x):\n    return twice * x")
 
 
 def test_equal_cell_ids_do_not_confuse(released, hand_in) -> None:
@@ -560,10 +572,13 @@ def test_three_layouts_are_found_in_a_stable_order(tmp_path) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "gradebook").mkdir()
     (tmp_path / "gradebook" / "nbgrader_config.py").touch()
+    (tmp_path / "eve" / NAME).mkdir(parents=True)
+    (tmp_path / "eve" / "nbgrader_config.py").touch()  # with the settings of whoever handed it in
     found = find_submissions(tmp_path, NAME)
     assert [(s.student, s.path.relative_to(tmp_path).as_posix()) for s in found] == [
         ("ada", "ada"),
         ("bob", "bob.ipynb"),
+        ("eve", f"eve/{NAME}"),
         ("zoe", f"zoe/{NAME}"),
     ]
 
@@ -575,12 +590,13 @@ def test_links_and_pipes_stay_in_the_list_and_are_refused(released, tmp_path) ->
     (outside / NAME / f"{NAME}.ipynb").write_text(json.dumps(solved(released)))
     os.symlink(outside, folder / "eve")
     os.symlink(tmp_path / "nowhere", folder / "gone")
+    os.symlink("loop", folder / "loop")
     (folder / "mallory").mkdir()
     os.symlink(outside / NAME, folder / "mallory" / NAME)
     os.mkfifo(folder / "fifo.ipynb")
     found = find_submissions(folder, NAME)
-    assert [s.student for s in found] == ["eve", "fifo", "gone", "mallory"]
-    assert [taken(s.path, released).found for s in found] == [False] * 4
+    assert [s.student for s in found] == ["eve", "fifo", "gone", "loop", "mallory"]
+    assert [taken(s.path, released).found for s in found] == [False] * 5
 
 
 def test_ids_are_safe_and_unique_and_the_remark_says_so(tmp_path) -> None:
@@ -609,10 +625,24 @@ def test_ids_are_safe_and_unique_and_the_remark_says_so(tmp_path) -> None:
 
 
 @given(st.text(min_size=1, max_size=120))
+@example("\U00020000" * 63)
 def test_every_id_is_a_safe_file_name(name) -> None:
     student = safe_id(name.replace("/", "").replace("\0", "") or "x")
     assert 0 < len(student) <= 80
+    assert len(f"{student}.json".encode()) <= 255, "what a file system takes as a name"
     assert student[0] not in ".-"
     assert student == student.strip()
     assert not set(student) & set("/\\*?[]\0\n'\"<>&=")
     assert safe_id(student) == student
+
+
+def test_a_folder_with_another_labs_notebook_is_told_apart_from_an_empty_one(released, tmp_path) -> None:
+    other = tmp_path / "ada" / "lab02_other"
+    other.mkdir(parents=True)
+    (other / "lab02_other.ipynb").write_text("{}")
+    assert says(taken(tmp_path / "ada", released), "the folder holds lab02_other.ipynb, of another lab")
+
+
+def test_an_unreadable_folder_is_not_called_empty(released, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as it is for anybody but root
+    assert says(taken(tmp_path, released), "the folder cannot be read")

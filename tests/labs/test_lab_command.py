@@ -110,10 +110,13 @@ def test_a_file_is_checked_wherever_it_lies(tmp_path, capsys):
     (tmp_path / "elsewhere.ipynb").write_text(json.dumps(solved()))
     assert cli.main(["lab", "check", "01", "--file", "elsewhere.ipynb"]) == 0
     assert cli.main(["lab", "check", "01", "--file", "nowhere.ipynb"]) == 1
+    assert cli.main(["lab", "check", "--file", "elsewhere.ipynb", "--seed", "-3"]) == 0
+    assert cli.main(["lab", "check", "01", "--file", "."]) == 1
     (tmp_path / "broken.ipynb").write_text("{")
     assert cli.main(["lab", "check", "01", "--file", "broken.ipynb"]) == 1
     said = capsys.readouterr().err
     assert "there is no file nowhere.ipynb" in said
+    assert ". cannot be read: " in said
     assert "broken.ipynb cannot be read as a notebook" in said
 
 
@@ -172,9 +175,10 @@ def test_check_of_something_else_is_an_error_in_three_parts(thing):
 def test_where_a_notebook_is_graded_its_own_checks_do_nothing(monkeypatch):
     monkeypatch.setenv(JUDGED_ELSEWHERE, "1")
     lab = open_lab("01")
-    assert lab.check(3) is None
-    assert lab.hint("anything") is None
-    assert lab.progress() is None
+    verdict = lab.check(3)
+    assert verdict.ok
+    for given in (verdict, lab.hint("anything"), lab.progress()):
+        assert given._ipython_display_() is None, "shows nothing"
 
 
 # ── the pages ────────────────────────────────────────────────────────────────────────────────────

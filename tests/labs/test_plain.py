@@ -558,3 +558,20 @@ def test_infinities_and_nans_are_no_json_numbers():
     json.loads(data[8:], parse_constant=lambda c: pytest.fail(c))
     first, second, third = unpack(data)
     assert (first, second, math.isnan(third)) == (math.inf, -math.inf, True)
+
+
+def test_keys_that_were_chosen_to_have_one_hash_are_refused_at_once():
+    """Python's integers have the hash of their remainder by 2⁶¹ − 1: a dict of n of these takes n² steps."""
+    pairs = [[k * (2**61 - 1), 0] for k in range(100_000)]
+    with pytest.raises(NotPlainError, match="keys"):
+        unpack(message(["d", *pairs]))
+    assert unpack(pack({-1: 0, -2: 1, **{k * 2**40: k for k in range(5000)}}))[7 * 2**40] == 7
+
+
+def test_an_array_that_is_there_again_and_again_has_a_limit():
+    """Eighty bytes and a list of references would be gigabytes once that list is made an array."""
+    one, again = ["a", "<f8", [1_000_000], "C", 8_000_000], ["=", 0]
+    with pytest.raises(NotPlainError, match="again"):
+        unpack(message(["l", one, *[again] * 40], bytes(8_000_000)))
+    few = unpack(message(["l", one, again, again], bytes(8_000_000)))
+    assert few[0] is few[1] is few[2]

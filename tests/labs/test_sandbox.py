@@ -173,6 +173,21 @@ class TestHiding:
         assert names >= {".py"}
         assert sandbox.module_paths("no_such_module_anywhere") == []
 
+    def test_a_module_is_hidden_in_the_packages_of_every_python_in_sight(
+        self, tmp_path: Path, monkeypatch
+    ) -> None:
+        """A submission that adds the base interpreter's packages to its path must not find it there."""
+        packages = tmp_path / "base" / "lib" / "python3.11" / "site-packages"
+        for name in ("hidden_there", "shown"):
+            (packages / name).mkdir(parents=True)
+            (packages / name / "answer.py").touch()
+        monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "base"))
+        look = ["/bin/ls", str(packages / "shown"), str(packages / "hidden_there")]
+        command = sandbox.command(look, Limits(), hide=["hidden_there"])
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert listed.count("answer.py") == 1
+        assert listed.index("answer.py") > listed.index("shown:")
+
 
 @needs_sandbox
 def test_sandboxes_side_by_side_have_different_users() -> None:

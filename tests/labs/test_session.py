@@ -25,6 +25,8 @@ SHORT = Limits(cell_seconds=1.5, call_seconds=1.5, memory_mb=300, processes=20, 
 FIRST = Cell("first", "import os, subprocess, sys, time\nimport numpy as np\ndef double(x): return 2 * x")
 LAST = Cell("last", "def triple(x): return 3 * x")
 
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Session]]:
@@ -81,7 +83,7 @@ class TestCells:
 
     def test_only_text_and_pictures_come_back(self, start) -> None:
         png = "import base64\nfrom IPython.display import HTML, Image, display\n"
-        png += "data = b'\\x89PNG\\r\\n\\x1a\\n' + bytes(20)\n"
+        png += f"data = base64.b64decode({PNG!r})\n"
         session = start(
             png + "display(HTML('<script>alert(1)</script>'), Image(data))",
             "class Page:\n    def _repr_html_(self): return '<script>'\n"

@@ -121,7 +121,9 @@ def _shown(local: Local) -> str:
     return f"with the local derivatives {text}"
 
 
-def _agree(t: Trial, g: Graph, local: Local, grad: Any, vjp: Asked | None = None) -> None:
+def _agree(
+    t: Trial, g: Graph, local: Local, grad: Any, vjp: Asked | None = None, rtol: float | None = None
+) -> None:
     """The gradients of all nodes that receive one are the sums over routes."""
     expected = path_sums(g, local, grad)
     got = _grads(t, g, grad, vjp or Asked(g, local))
@@ -134,7 +136,7 @@ def _agree(t: Trial, g: Graph, local: Local, grad: Any, vjp: Asked | None = None
             t.holds(
                 got[node] is not None, f"the gradient of {node!r} is None, not {describe(expected[node])}"
             )
-            t.close(got[node], expected[node], f"the gradient of {node!r}")
+            t.close(got[node], expected[node], f"the gradient of {node!r}", rtol=rtol)
     for node in got:
         t.holds(
             node in expected,
@@ -155,7 +157,7 @@ def _shaped(t: Trial, g: Graph, shape: tuple[int, ...]) -> Local:
 
 @backward_pass.check("along one route, each gradient is the one before times the local derivative")
 def chain_rule(t: Trial) -> None:
-    small: Edges = [[[]], [[1], []], [[1], [2], []], [[1, 2], [], []], [[1, 3], [2], [], [4], []]]
+    small: Edges = [[[1], []], [[]], [[1], [2], []], [[1, 2], [], []], [[1, 3], [2], [], [4], []]]
     for edges in small:
         g = graph(letters(t, len(edges)), edges)
         _agree(t, g, _locals(t, g), float(t.integers(2, 6)))
@@ -163,13 +165,15 @@ def chain_rule(t: Trial) -> None:
 
 @backward_pass.check("a node that is used several times gets the sum of what its uses send")
 def sums(t: Trial) -> None:
-    small: Edges = [[[1, 1], []], [[1, 2], [3], [3], []], [[1, 2], [2], []], [[1, 1], [2, 3], [3, 3], []]]
+    small: Edges = [[[1, 2], [3], [3], []], [[1, 1], []], [[1, 2], [2], []], [[1, 1], [2, 3], [3, 3], []]]
     for edges in [*small, [[1, 3], [2], [3], [4], []]]:
         g = graph(letters(t, len(edges)), edges)
         _agree(t, g, _locals(t, g), float(t.integers(2, 6)))
     for _ in range(6):
         g = dag(t, 7)
         _agree(t, g, _locals(t, g), 1.0)
+    g = graph([*letters(t, 1), 0, "", None, ("w", 1), 1], [[1, 2, 3], [4, 5], [4], [4, 5], [5, 5], []])
+    _agree(t, g, _locals(t, g), 1.0)
 
 
 @backward_pass.check("vjp is called once for each node, with the node's complete gradient")
@@ -179,6 +183,7 @@ def complete(t: Trial) -> None:
         local = _locals(t, g)
         vjp, expected = Asked(g, local), path_sums(g, local, 1.0)
         _grads(t, g, 1.0, vjp)
+        t.counts[-1] = sum(bool(g.parents[n]) for n, _ in vjp.seen)  # a leaf may be asked or not
         for node, grad in vjp.seen:
             t.close(grad, expected[node], f"vjp was called for {node!r} before its gradient was complete")
         asked = [node for node, _ in vjp.seen]
@@ -212,6 +217,10 @@ def shapes(t: Trial) -> None:
     for shape in [(n,), (n, m), (2, m, k), (1,), (), (0, m)]:
         g = dag(t, 5)
         _agree(t, g, _shaped(t, g, shape), exact(t.integers(1, 5, *shape)))
+    for shape in [(1,), (1, n), (n, m)]:  # here with digits behind the point
+        g = graph(letters(t, 3), [[1, 2], [2], []])
+        local: Local = {node: [t.normal(*shape) for _ in parents] for node, parents in g.parents.items()}
+        _agree(t, g, local, t.normal(*shape), rtol=1e-9)
     g = graph(letters(t, 4), [[1, 2], [2, 3], [3, 3], []])
     size = dict(zip(g.nodes, (n, m, k, 1), strict=True))
     jacobians: Local = {
@@ -234,6 +243,7 @@ class Shared(Asked):
 @backward_pass.check("no array that came in or was sent by vjp is written to")
 def untouched(t: Trial) -> None:
     edges: Edges = [[[1, 2], [3, 4], [3], [], []], [[2, 1], [2], [3, 4], [4], []], [[1, 1], [2, 2], []]]
+    edges += [[[1, 2], [2, 3], [3], []], [[2, 1], [3, 2], [], []]]
     for additions in edges:
         g = graph(letters(t, len(additions)), additions)
         ones: Local = {node: [1.0 for _ in parents] for node, parents in g.parents.items()}
@@ -296,6 +306,23 @@ def paired_in_a_dict(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
     for node in order:
         if node in grads:
             for parent, sent in dict(zip(parents(node), vjp(node, grads[node]), strict=True)).items():
+                if sent is not None:
+                    grads[parent] = grads[parent] + sent if parent in grads else sent
+    return grads
+
+
+@backward_pass.mistake(
+    says="the place of a parent is looked up by parents(node).index(p), which for x * x is twice the first",
+    tries="a loop over zip(parents(node), …), which goes through the places themselves.",
+    caught_by="sums",
+)
+def looked_up(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
+    grads = {order[0]: grad}
+    for node in order:
+        if node in grads:
+            above, parts = parents(node), vjp(node, grads[node])
+            for parent in above:
+                sent = parts[above.index(parent)]
                 if sent is not None:
                     grads[parent] = grads[parent] + sent if parent in grads else sent
     return grads
@@ -405,6 +432,37 @@ def sent_in_parts(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
 
 
 @backward_pass.mistake(
+    says="vjp is called again for each parent, to take one gradient from its list",
+    tries="one call for each node: zip(parents(node), vjp(node, grads[node])) has them all.",
+    caught_by="complete",
+)
+def asked_for_each_parent(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
+    grads = {order[0]: grad}
+    for node in order:
+        if node in grads:
+            for i, parent in enumerate(parents(node)):
+                sent = vjp(node, grads[node])[i]
+                if sent is not None:
+                    grads[parent] = grads[parent] + sent if parent in grads else sent
+    return grads
+
+
+@backward_pass.mistake(
+    says="Nones are taken out before the gradients meet their parents, and later ones go to the wrong node",
+    tries="`if g is not None` inside the loop over zip(parents(node), vjp(node, grads[node])).",
+    caught_by="none_wanted",
+)
+def none_filtered_first(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
+    grads = {order[0]: grad}
+    for node in order:
+        if node in grads:
+            wanted = [sent for sent in vjp(node, grads[node]) if sent is not None]
+            for parent, sent in zip(parents(node), wanted, strict=False):
+                grads[parent] = grads[parent] + sent if parent in grads else sent
+    return grads
+
+
+@backward_pass.mistake(
     says="nodes are visited as they are reached from the root, so one can be sent on before it is complete",
     tries="the walk along `order`: when a node's turn comes, all of its consumers have sent their part.",
     caught_by="sums",
@@ -463,7 +521,7 @@ def sent_on_none(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
 
 
 @backward_pass.mistake(
-    says="a node to which nothing but None was sent has a gradient of 0, and sends it on",
+    says="a node to which nothing but None was sent gets a gradient of 0",
     tries="starting with the root's entry alone, and leaving a parent as it is where its gradient is None.",
     caught_by="none_wanted",
 )
@@ -507,6 +565,24 @@ def in_place(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
                     grads[parent] += sent
                 else:
                     grads[parent] = sent
+    return grads
+
+
+@backward_pass.mistake(
+    says="the gradient that vjp sent is written to by `g +=`, and it was sent to another node too",
+    tries="grads[p] = grads[p] + g, which makes a new array; `+=` writes into the old one.",
+    caught_by="untouched",
+)
+def into_what_was_sent(order: Any, grad: Any, parents: Any, vjp: Any) -> Any:
+    grads = {order[0]: grad}
+    for node in order:
+        if node in grads:
+            for parent, sent in zip(parents(node), vjp(node, grads[node]), strict=True):
+                if sent is None:
+                    continue
+                if parent in grads:
+                    sent += grads[parent]
+                grads[parent] = sent
     return grads
 
 

@@ -71,9 +71,12 @@ def _drawn(t: Trial, rows: int, classes: int, dtype: Any = np.float64) -> tuple[
 
 
 def _batches(t: Trial) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """More rows than classes, fewer, as many, and float32: each with the tolerance that it needs."""
+    """Fewer rows than classes, more, as many, and float32: each with the tolerance that it needs."""
     n = t.odd(5, 9)
-    for rows, classes in [(n, t.size(2, 4)), (t.size(2, 4), n), (n, n)]:
+    few = t.size(2, 4)
+    logits, _ = _drawn(t, few, n)
+    yield logits, t.integers(0, n - 1, few), 1e-7  # of the last class there is no example
+    for rows, classes in [(n, t.size(2, 4)), (n, n)]:
         yield *_drawn(t, rows, classes), 1e-7
     yield *_drawn(t, n, t.size(2, 4), np.float32), 2e-5
 
@@ -98,6 +101,8 @@ def small(t: Trial) -> None:
     for rows, classes in [(1, n), (n, 1), (1, 1), (n, 2), (1, 2)]:
         _agree(t, *_drawn(t, rows, classes), rtol=1e-7, atol=1e-9)
     _agree(t, t.normal(n, 3), np.full(n, t.rng.integers(3)), rtol=1e-7)
+    _agree(t, t.integers(-1, 2, n, 4).astype(np.float64), t.integers(0, 4, n), rtol=1e-7)
+    _agree(t, np.zeros((2, n)), np.array([0, n - 1]), rtol=1e-7)
 
 
 @cross_entropy.check("a constant added to a row changes nothing, and each row of grad sums to 0")
@@ -128,6 +133,8 @@ def label_formats(t: Trial) -> None:
     for dtype in (np.uint8, np.int8, np.int32, np.int64):
         logits, labels = _drawn(t, rows, classes)
         _agree(t, logits, labels.astype(dtype), rtol=1e-7)
+    for wide in (np.uint16, np.int64):
+        _agree(t, t.normal(3, 300), np.array([299, 130, 0], wide), rtol=1e-7)
 
 
 @cross_entropy.check("transposed arrays and arrays with gaps work")
@@ -137,17 +144,21 @@ def layouts(t: Trial) -> None:
         _agree(t, z, at, rtol=1e-7)
 
 
-@cross_entropy.check("grad has the logits' number format")
+@cross_entropy.check("grad has the logits' number format, and the digits that come with it")
 def formats(t: Trial) -> None:
     for dtype in (np.float64, np.float32):
-        _, grad = _both(t, *_drawn(t, t.odd(), t.size(), dtype))
+        logits, labels = _drawn(t, t.odd(), t.size(), dtype)
+        rtol = 1e-9 if dtype is np.float64 else 2e-5
+        _, grad = _agree(t, logits, labels, rtol=rtol)
         t.equal(str(as_array(grad).dtype), np.dtype(dtype).name, "number format of grad")
 
 
 @cross_entropy.check("logits and labels are left as they were")
 def unchanged(t: Trial) -> None:
-    t.call(*_drawn(t, t.odd(), t.size()))
-    t.unchanged()
+    for dtype in (np.int64, np.uint8):
+        logits, labels = _drawn(t, t.odd(), t.size())
+        t.call(logits, labels.astype(dtype))
+        t.unchanged()
 
 
 # What the mistakes and alternatives below share, so that each shows its own idea.
@@ -238,6 +249,27 @@ def over_examples(logits: Any, labels: Any) -> Any:
 
 
 @cross_entropy.mistake(
+    says="the maximum of each column is subtracted, by another number in each place of a row",
+    tries="logits.max(axis=1, keepdims=True): one number for a whole row leaves its softmax as it is.",
+    caught_by="loss",
+)
+def maximum_of_columns(logits: Any, labels: Any) -> Any:
+    z = logits - logits.max(axis=0)
+    return _from_log(z - np.log(np.exp(z).sum(axis=1, keepdims=True)), labels)
+
+
+@cross_entropy.mistake(
+    says="the number of classes is taken from the labels, and the last class need not be among them",
+    tries="C = logits.shape[1].",
+    caught_by="loss",
+)
+def classes_from_labels(logits: Any, labels: Any) -> Any:
+    onehot = np.eye(int(labels.max()) + 1, dtype=logits.dtype)[labels]
+    logp = _log_softmax(logits)
+    return -(onehot * logp).sum(axis=1).mean(), (np.exp(logp) - onehot) / len(logits)
+
+
+@cross_entropy.mistake(
     says="the logarithm has base 2",
     tries="np.log, the natural logarithm: it is the one that undoes exp.",
     caught_by="loss",
@@ -287,6 +319,16 @@ def columns_of_grad(logits: Any, labels: Any) -> Any:
 def grad_not_divided(logits: Any, labels: Any) -> Any:
     value, grad = _from_log(_log_softmax(logits), labels)
     return value, grad * len(logits)
+
+
+@cross_entropy.mistake(
+    says="p is divided by B, and the 1 that is taken away from it is not",
+    tries="taking the 1 away first, then dividing: (p − onehot) / B.",
+    caught_by="gradient",
+)
+def onehot_not_divided(logits: Any, labels: Any) -> Any:
+    logp = _log_softmax(logits)
+    return _from_log(logp, labels)[0], _minus_onehot(np.exp(logp) / len(logits), labels)
 
 
 @cross_entropy.mistake(
@@ -368,7 +410,19 @@ def log_of_zero(logits: Any, labels: Any) -> Any:
 
 
 @cross_entropy.mistake(
-    says="a small number is added to p before the logarithm, which caps the loss near 28",
+    says="onehot · log p is summed, and where p has become 0 that is 0 · −∞, which is NaN",
+    tries="log p = z − log Σ exp z with z = logits − maximum: no logarithm of p is needed.",
+    caught_by="extreme",
+)
+def zero_times_log(logits: Any, labels: Any) -> Any:
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p = weights / weights.sum(axis=1, keepdims=True)
+    onehot = np.eye(logits.shape[1], dtype=logits.dtype)[labels]
+    return -(onehot * np.log(p)).sum() / len(p), (p - onehot) / len(p)
+
+
+@cross_entropy.mistake(
+    says="p is kept above a small number before the logarithm, which caps the loss near 28",
     tries="log p = z − log Σ exp z with z = logits − maximum: no logarithm of p, nothing to protect.",
     caught_by="extreme",
 )
@@ -391,7 +445,7 @@ def index_wrapped(logits: Any, labels: Any) -> Any:
 
 
 @cross_entropy.mistake(
-    says="the one-hot matrix is float64, and the gradient with it",
+    says="the gradient is float64 whatever came in, as a one-hot matrix from np.eye(C) makes it",
     tries="np.eye(C, dtype=logits.dtype), or taking 1 away in place: grad[rows, labels] -= 1.",
     caught_by="formats",
 )

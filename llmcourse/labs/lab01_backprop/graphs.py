@@ -1,13 +1,13 @@
 """Small computational graphs for the checks: which node was computed from which.
 
-A node is a word or an integer; `parents[node]` lists what it was computed from, twice for x·x. The
-graphs made here have their nodes in a right order, every consumer first; of a graph given by its edges
-only the first node is known, the root.
+A node is any hashable value, mostly a word; `parents[node]` lists what it was computed from, twice for
+x·x. The graphs made here have their nodes in a right order, every consumer first; of a graph given by
+its edges only the first node is known, the root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from llmcourse.grading.compare import Mismatch
 from llmcourse.grading.trial import Oracle, RaisedError, Trial
 
-Node = int | str
+Node = Hashable
 Edges = list[list[list[int]]]  # of several graphs: what each node consumes, by place
 
 
@@ -40,11 +40,16 @@ class Graph:
         """What `node` was computed from, in a list of the caller's own."""
         if node not in self.parents:
             raise ValueError(f"parents({node!r}): the graph has no such node")
-        return list(self.parents[node])
+        return [_anew(parent) for parent in self.parents[node]]
 
-    def consumer(self, node: Node) -> Node | None:
-        """A node that was computed from `node`; None for the root."""
-        return next((n for n, parents in self.parents.items() if node in parents), None)
+    def consumer(self, node: Node) -> Node:
+        """A node that was computed from `node`. StopIteration for the root, from which none was."""
+        return next(n for n, parents in self.parents.items() if node in parents)
+
+
+def _anew(node: Node) -> Node:
+    """`node`, and where it is a tuple another one: equal nodes are one node, whichever object they are."""
+    return tuple([*node]) if isinstance(node, tuple) else node
 
 
 def graph(names: Sequence[Node], edges: Sequence[Sequence[int]], says: str = "") -> Graph:

@@ -91,8 +91,8 @@ def _sizes(t: Trial) -> tuple[int, int, int]:
 
 @matmul_backward.check("each gradient has its operand's shape, and the values of the formula")
 def rectangular(t: Trial) -> None:
-    for dtype in (np.float64, np.float64, np.float32):
-        n, k, m = _sizes(t)
+    n, k, m = _sizes(t)
+    for dtype in (np.float64, np.float64, np.float32):  # the same sizes: what was kept would show
         _agree(t, t.normal(n, k, dtype=dtype), t.normal(k, m, dtype=dtype))
 
 
@@ -102,6 +102,8 @@ def square(t: Trial) -> None:
     _agree(t, t.normal(n, n), t.normal(n, n))
     _agree(t, t.normal(n, n), t.normal(n, m))
     _agree(t, t.normal(m, n), t.normal(n, n))
+    x = t.normal(n, n)
+    _agree(t, x, x)
 
 
 @matmul_backward.check("in a batch every product has gradients of its own")
@@ -111,6 +113,7 @@ def batch(t: Trial) -> None:
     _agree(t, t.normal(size, n, k), t.normal(size, k, m))
     _agree(t, t.normal(2, size, n, k), t.normal(2, size, k, m))
     _agree(t, t.normal(size, size, size), t.normal(size, size, size))
+    _agree(t, t.normal(2, size, size, size), t.normal(2, size, size, size))
 
 
 @matmul_backward.check("an operand that all products of a batch share gets the sum of their gradients")
@@ -130,6 +133,7 @@ def stretched(t: Trial) -> None:
     _agree(t, t.normal(size, n, k), t.normal(1, k, m))
     _agree(t, t.normal(2, 1, n, k), t.normal(size, k, m))
     _agree(t, t.normal(1, n, k), t.normal(k, m))
+    _agree(t, t.normal(1, 1, n, k), t.normal(2, size, k, m))
 
 
 @matmul_backward.check("sizes of 1 and 0 work")
@@ -139,6 +143,7 @@ def thin(t: Trial) -> None:
         _agree(t, t.normal(sizes[0], sizes[1]), t.normal(sizes[1], sizes[2]))
     _agree(t, t.normal(2, 1, k), t.normal(k, 1))
     _agree(t, t.normal(0, n, k), t.normal(k, m))
+    _agree(t, t.normal(2, 0, k), t.normal(k, m))
 
 
 @matmul_backward.check("transposed arrays and arrays with gaps work")
@@ -162,8 +167,8 @@ def formats(t: Trial) -> None:
 @matmul_backward.check("grad, a and b are left as they were")
 def unchanged(t: Trial) -> None:
     n, k, m = _sizes(t)
-    for front in [(), (3,)]:
-        t.call(t.normal(*front, n, m), t.normal(*front, n, k), t.normal(k, m))
+    for front, own in [((), ()), ((3,), ()), ((3,), (3,))]:
+        t.call(t.normal(*front, n, m), t.normal(*front, n, k), t.normal(*own, k, m))
         t.unchanged()
 
 
@@ -304,6 +309,39 @@ def not_summed(grad: Any, a: Any, b: Any) -> Any:
 
 
 @matmul_backward.mistake(
+    says="grad_b is summed over the batch where b is shared, and grad_a is not where a is",
+    tries="sum_to(grad_a, a.shape) too: either operand can be the one that is shared.",
+    caught_by="shared",
+)
+def only_b_summed(grad: Any, a: Any, b: Any) -> Any:
+    grad_a, grad_b = _full(grad, a, b)
+    return grad_a, _fit(grad_b, b.shape)
+
+
+@matmul_backward.mistake(
+    says="the sum over the batch takes one axis, and a batch can have several",
+    tries="a while loop, or all of them at once: axis=tuple(range(grad_b.ndim - b.ndim)).",
+    caught_by="shared",
+)
+def one_axis(grad: Any, a: Any, b: Any) -> Any:
+    def fit(g: Any, shape: Any) -> Any:
+        g = g.sum(axis=0) if g.ndim > len(shape) else g
+        return _fit(g, shape) if g.ndim == len(shape) else g
+
+    grad_a, grad_b = _full(grad, a, b)
+    return fit(grad_a, a.shape), fit(grad_b, b.shape)
+
+
+@matmul_backward.mistake(
+    says="np.dot multiplies every matrix of one batch with every matrix of the other",
+    tries="@ or np.matmul, which pair the matrices of the two batches.",
+    caught_by="batch",
+)
+def dotted(grad: Any, a: Any, b: Any) -> Any:
+    return np.dot(grad, b.swapaxes(-1, -2)), np.dot(a.swapaxes(-1, -2), grad)
+
+
+@matmul_backward.mistake(
     says="the gradient of a shared operand is averaged over the batch, not summed",
     tries="sum instead of mean: the operand acts on the loss through every product.",
     caught_by="shared",
@@ -358,8 +396,8 @@ def dropped(grad: Any, a: Any, b: Any) -> Any:
 
 
 @matmul_backward.mistake(
-    says="the gradients are collected in np.zeros(shape), which is float64 whatever came in",
-    tries="np.zeros_like(a), or no array of your own at all.",
+    says="float64 comes out, whatever came in, as from np.zeros(shape)",
+    tries="np.zeros_like(a), or no array of your own at all; and no dtype= or .astype to float64.",
     caught_by="formats",
 )
 def widened(grad: Any, a: Any, b: Any) -> Any:

@@ -79,7 +79,7 @@ class Function:
 
 def smooth(t: Trial, x: np.ndarray) -> tuple[Function, np.ndarray]:
     """Σ w·exp(x), plus a little that ties the elements together; and its gradient at `x`."""
-    w = t.rng.uniform(0.5, 1.5, x.shape) * t.rng.choice([-1, 1], x.shape)
+    w = t.rng.uniform(2, 4, x.shape) * t.rng.choice([-1, 1], x.shape)
     f = Function("= Σ w·exp(x) + (Σ x)²/20", x, lambda y: (w * np.exp(y)).sum() + y.sum() ** 2 / 20)
     return f, w * np.exp(x) + x.sum() / 10
 
@@ -119,8 +119,9 @@ def _roughly(t: Trial, x: np.ndarray) -> np.ndarray:
 
 @numeric_gradient.check("each element is the derivative of f along its own axis")
 def values(t: Trial) -> None:
-    for n in (1, 2, t.odd(5, 9), t.size(10, 14)):
+    for n in (t.odd(5, 9), 1, 2, t.size(10, 14)):
         _roughly(t, t.normal(n, scale=0.5))
+    _roughly(t, np.array([0.5, 0.5, 0.0, -0.5, 0.0, 0.5]))
 
 
 @numeric_gradient.check("x can have any shape; f gets that shape, and the result has it, in float64")
@@ -134,16 +135,17 @@ def shapes(t: Trial) -> None:
 @numeric_gradient.check("x can lie in memory in any way")
 def layouts(t: Trial) -> None:
     n, m = t.odd(3, 7), t.size(2, 4)
-    for x in [*t.layouts(t.normal(n, m, scale=0.5)), *t.layouts(t.normal(2, m, 3, scale=0.5))]:
+    for x in [*t.layouts(t.normal(n, m, scale=0.5))[::-1], *t.layouts(t.normal(2, m, 3, scale=0.5))]:
         _roughly(t, x)
 
 
 @numeric_gradient.check("x is left as it was")
 def untouched(t: Trial) -> None:
-    for shape in [(t.odd(9, 13),), (5, t.size(3, 5)), ()]:
-        x = t.normal(*shape)
-        _gradient(t, stiff(t, x, cubic=0)[0], x)
-        t.unchanged()
+    for shape in [(t.odd(9, 13),), (5, t.size(3, 5)), (), (2, 3, 2)]:
+        x = np.asarray(t.normal(*shape) * 10.0 ** t.integers(-12, 2, *shape))  # large, small, tiny
+        for laid in t.layouts(x) if x.ndim == 3 else [x]:
+            _gradient(t, stiff(t, laid, cubic=0)[0], laid)
+            t.unchanged()
 
 
 @numeric_gradient.check("f is asked twice for each element")
@@ -162,6 +164,8 @@ def accuracy(t: Trial) -> None:
         for f, gradient in (stiff(t, x, cubic=0), stiff(t, x, cubic=1), smooth(t, x)):
             got = _gradient(t, f, x)
             error = float(np.abs(got - gradient).max() / np.abs(gradient).max())
+            single = x.size > 2 and np.array_equal(got, got.astype(np.float32))
+            t.holds(not single, "the result has the digits of float32 only", "np.zeros(x.shape) for it.")
             where, tries = f.advice()
             t.holds(
                 error <= ERROR,
@@ -173,10 +177,14 @@ def accuracy(t: Trial) -> None:
 
 @numeric_gradient.check("a step that the caller gives is the one that is taken")
 def step(t: Trial) -> None:
-    x, h = t.normal(t.odd(3, 7)), 0.125 * t.size(1, 4)
-    f, gradient = stiff(t, x, cubic=2)
-    got = _gradient(t, f, x, h)
-    t.close(got, gradient + 2 * h**2, f"with h = {h} (which leaves an error of 2h² here)", rtol=1e-6)
+    for shape, h in [((t.odd(3, 7),), 0.125 * t.size(1, 4)), ((2, t.odd(3, 5)), 0.125 * t.size(1, 4))]:
+        x = t.normal(*shape) + t.rng.choice([-3, 3], shape)
+        f, gradient = stiff(t, x, cubic=2)
+        got = _gradient(t, f, x, h)
+        t.close(got, gradient + 2 * h**2, f"with h = {h} (which leaves an error of 2h² here)", rtol=1e-6)
+        t.unchanged()
+        got = _gradient(t, f, x)
+        t.close(got, gradient, f"without h, after a call with h = {h}", rtol=1e-6)
 
 
 # ── mistakes ─────────────────────────────────────────────────────────────────────────────────────
@@ -265,7 +273,7 @@ def flat(f: Any, x: Any, h: Any = 6e-6) -> Any:
 
 
 @numeric_gradient.mistake(
-    says="f is given a flat copy of x",
+    says="f is given a flat copy of x, or a row of it, and not an array of x's shape",
     tries=".reshape(x.shape) before f is called: f may need the rows and columns.",
     caught_by="shapes",
 )
@@ -286,8 +294,8 @@ def rows(f: Any, x: Any, h: Any = 6e-6) -> Any:
 
 
 @numeric_gradient.mistake(
-    says="x.reshape(-1) or x.ravel() is written to, which is a copy of x when x has gaps or is transposed",
-    tries="x[i] for i in np.ndindex(x.shape), or a copy of x that f is given.",
+    says="a flat x, or np.zeros_like(x), is written to; of a transposed array, reshape(-1) is a copy",
+    tries="x[i] and out[i] for i in np.ndindex(x.shape); or a flat np.zeros(x.size), reshaped at the end.",
     caught_by="layouts",
 )
 def into_a_copy(f: Any, x: Any, h: Any = 6e-6) -> Any:
@@ -299,6 +307,31 @@ def into_a_copy(f: Any, x: Any, h: Any = 6e-6) -> Any:
         below = f(x)
         places[i] = middle
         out.reshape(-1)[i] = (above - below) / (2 * h)
+    return out
+
+
+@numeric_gradient.mistake(
+    says="the derivatives are stored in out.flatten(), which is always a copy, and out stays 0",
+    tries="out[i] for i in np.ndindex(x.shape); or a flat np.zeros(x.size), reshaped at the end.",
+    caught_by="values",
+)
+def flattened(f: Any, x: Any, h: Any = 6e-6) -> Any:
+    out = np.zeros(x.shape)
+    out.flatten()[:] = central(f, x, h).reshape(-1)
+    return out
+
+
+@numeric_gradient.mistake(
+    says="one copy of x serves for all elements, and each one stays moved while the next are",
+    tries="a fresh copy for each element, or putting the element back after the call of f.",
+    caught_by="values",
+)
+def copies_not_put_back(f: Any, x: Any, h: Any = 6e-6) -> Any:
+    out, above, below = np.zeros(x.shape), np.array(x), np.array(x)
+    for i in np.ndindex(x.shape):
+        above[i] += h
+        below[i] -= h
+        out[i] = (f(above) - f(below)) / (2 * h)
     return out
 
 

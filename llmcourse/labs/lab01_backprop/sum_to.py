@@ -58,6 +58,9 @@ def added(t: Trial) -> None:
     _agree(t, t.normal(k, n, m), (n, m))
     _agree(t, t.normal(n), ())
     _agree(t, t.normal(m, m), (m,))
+    _agree(t, t.normal(1, m), (m,))
+    _agree(t, t.normal(1, 1, n, m), (n, m))
+    _agree(t, t.normal(1, 1), ())
 
 
 @sum_to.check("an axis of size 1 that was stretched is summed and stays, with size 1")
@@ -74,6 +77,8 @@ def both(t: Trial) -> None:
     n, m, k = t.odd(), t.size(), t.odd()
     _agree(t, t.normal(k, n, m), (n, 1))
     _agree(t, t.normal(k, n, m), (1, 1))
+    _agree(t, t.normal(m, m, n), (m, 1))
+    _agree(t, t.normal(m, 2, n, m), (1, 1, n, 1))
     _agree(t, t.normal(2, k, n, m), (1, n, 1))
     _agree(t, t.normal(k, n, m), ())
 
@@ -91,9 +96,14 @@ def degenerate(t: Trial) -> None:
     _agree(t, t.normal(0, m), (m,))
     _agree(t, t.normal(0, m), (1, m))
     _agree(t, t.normal(n, 0), (n, 1))
+    _agree(t, t.normal(n, 0), (0,))
+    _agree(t, t.normal(0, m), (0, 1))
     for grad in t.layouts(t.normal(n, m)):
         _agree(t, grad, (1, m))
         _agree(t, grad, (m,))
+        _agree(t, grad, (n, m))
+    for grad in t.layouts(t.normal(2, n, m)):
+        _agree(t, grad, (n, m))
 
 
 @sum_to.check("the result has grad's number format, and grad is left as it was")
@@ -129,8 +139,8 @@ def averaged(grad: Any, shape: Any) -> Any:
 
 
 @sum_to.mistake(
-    says="only the axes added in front are summed, not the stretched ones",
-    tries="a second sum, over the axes where shape has 1 and grad has more.",
+    says="the axes added in front are summed, but a stretched one is not",
+    tries="a second sum, over every axis where shape has 1 and grad has more.",
     caught_by="stretched",
 )
 def only_added(grad: Any, shape: Any) -> Any:
@@ -194,6 +204,44 @@ def one_axis(grad: Any, shape: Any) -> Any:
 
 
 @sum_to.mistake(
+    says="of several stretched axes only the first is summed: the loop is left after it",
+    tries="going on with the loop over the axes: return after it, not in it.",
+    caught_by="both",
+)
+def one_stretched(grad: Any, shape: Any) -> Any:
+    while grad.ndim > len(shape):
+        grad = grad.sum(axis=0)
+    for axis, n in enumerate(shape):
+        if n == 1 and grad.shape[axis] != 1:
+            return grad.sum(axis=axis, keepdims=True)
+    return grad
+
+
+@sum_to.mistake(
+    says="the axes that were added in front are summed and stay, with size 1",
+    tries=".reshape(shape) at the end; keepdims=True keeps all of the summed axes.",
+    caught_by="added",
+)
+def kept(grad: Any, shape: Any) -> Any:
+    front = grad.ndim - len(shape)
+    axes = tuple(i for i in range(grad.ndim) if i < front or shape[i - front] == 1)
+    return grad.sum(axis=axes, keepdims=True)
+
+
+@sum_to.mistake(
+    says="an axis added in front is left where its size is 1",
+    tries="asking how many axes are too many, grad.ndim - len(shape), not how long they are.",
+    caught_by="added",
+)
+def single_in_front(grad: Any, shape: Any) -> Any:
+    while grad.ndim > len(shape) and grad.shape[0] != 1:
+        grad = grad.sum(axis=0)
+    front = grad.ndim - len(shape)
+    axes = tuple(i for i in range(front, grad.ndim) if shape[i - front] == 1)
+    return grad.sum(axis=axes, keepdims=True)
+
+
+@sum_to.mistake(
     says="the first copy's gradient is taken for all of them",
     tries="adding the copies up: every one of them changes the loss.",
     caught_by="added",
@@ -214,8 +262,8 @@ def resized(grad: Any, shape: Any) -> Any:
 
 
 @sum_to.mistake(
-    says="the sum is computed in float64 and stays there, whatever came in",
-    tries="no dtype= in the sum, or .astype(grad.dtype) at the end.",
+    says="float64 comes out, whatever came in",
+    tries="no dtype= in the sum, np.zeros(shape, grad.dtype), or .astype(grad.dtype) at the end.",
     caught_by="formats",
 )
 def widened(grad: Any, shape: Any) -> Any:

@@ -54,20 +54,27 @@ topological_order = Exercise(
 )
 
 ONCE_EACH = "a set of the nodes seen so far: a node that is in it is not walked again."
+KEPT = "keeping the list that parents(node) gave, where you need it again."
 RUNAWAY = 1000  # calls of parents: enough for every route through the small graphs
 
 
-def _list(t: Trial, g: Graph, limit: int = RUNAWAY) -> list[Node]:
-    """The learner's list for `g`. Mismatch unless it is one, of nodes of `g`."""
+def _list(t: Trial, g: Graph, limit: int = RUNAWAY, enough: int | None = None) -> list[Node]:
+    """The learner's list for `g`. Mismatch unless it is one, of nodes of `g`.
+
+    After `limit` calls of parents the function is stopped; it should need no more than `enough`.
+    """
     oracle = uncounted(g.ask, says=g.says)
     what = f"parents was asked too often for {len(g.nodes)} nodes"
     got = within(t, oracle, limit, what, ONCE_EACH, g.root, oracle)
+    if enough is not None and oracle.calls > enough:
+        raise Mismatch(f"{what}: {enough:,} calls are enough, and there were {oracle.calls:,}", tries=KEPT)
     if got is None:
         raise Mismatch("the result is None, expected a list of nodes: is a `return` missing?")
     if not isinstance(got, list | tuple):
         raise Mismatch(f"the result is {describe(got)}, expected a list of nodes")
+    kinds = {type(node) for node in g.nodes}
     for item in got:
-        if type(item) not in (int, str) or item not in g.parents:
+        if type(item) not in kinds or not any(item == node for node in g.nodes):
             raise Mismatch(f"the list {describe(got)} holds {describe(item)}, which is no node of the graph")
     return list(got)
 
@@ -75,12 +82,10 @@ def _list(t: Trial, g: Graph, limit: int = RUNAWAY) -> list[Node]:
 def _all(g: Graph, got: list[Node]) -> None:
     """Root is in the list, and so is everything that a node in it was computed from."""
     have = set(got)
-    missing = next((n for n in g.nodes if n not in have), None)
-    if missing is None:
-        return
-    consumer = g.consumer(missing)
-    why = "the root" if consumer is None else f"from which {consumer!r} was computed"
-    raise Mismatch(f"the list {describe(got)} lacks {missing!r}, {why}")
+    for node in g.nodes:
+        if node not in have:
+            why = "the root" if node == g.root else f"from which {g.consumer(node)!r} was computed"
+            raise Mismatch(f"the list {describe(got)} lacks {node!r}, {why}")
 
 
 def _once(g: Graph, got: list[Node]) -> None:
@@ -134,7 +139,7 @@ def complete(t: Trial) -> None:
 
 @topological_order.check("each node is there once, however many routes lead to it")
 def once(t: Trial) -> None:
-    small: Edges = [[[1, 1], []], [[1, 2], [3], [3], []], [[1, 1, 2], [2, 2], []]]
+    small: Edges = [[[1, 2], [3], [3], [4], []], [[1, 1], []], [[1, 1, 2], [2, 2], []]]
     for edges in small:
         _one_of_each(t, graph(letters(t, len(edges)), edges))
     for _ in range(4):
@@ -144,12 +149,18 @@ def once(t: Trial) -> None:
 @topological_order.check("parents is asked at most twice for each node, not once for each route")
 def frugal(t: Trial) -> None:
     for g in (ladder(t, 30), residual(t, 40), dag(t, 80)):
-        _list(t, g, limit=2 * len(g.nodes))
+        _list(t, g, limit=20 * len(g.nodes), enough=2 * len(g.nodes))
 
 
 @topological_order.check("each node comes before everything that it was computed from")
 def consumers_first(t: Trial) -> None:
-    short: Edges = [[[1], [2], []], [[1, 2], [2], []], [[2, 1], [2], []], [[1, 2, 3], [3], [1], []]]
+    short: Edges = [
+        [[1, 3, 2], [3], [3], []],
+        [[1], [2], []],
+        [[1, 2], [2], []],
+        [[2, 1], [2], []],
+        [[1, 2, 3], [3], [1], []],
+    ]
     long_way: Edges = [[[1, 3], [2], [3], []], [[3, 1], [2], [3], []], [[3, 1], [2], [4], [4], []]]
     for edges in short + long_way:
         _ordered(t, graph(letters(t, len(edges)), edges))
@@ -159,12 +170,17 @@ def consumers_first(t: Trial) -> None:
         _ordered(t, g)
 
 
-@topological_order.check("0 and the empty string are nodes like any other")
+@topological_order.check("any hashable value can be a node: 0, the empty string, None, a tuple")
 def any_value(t: Trial) -> None:
     for zero in range(4):
         for empty in (0, ""):
             others = [int(n) for n in t.rng.permutation(9)[:3] + 1] if empty == 0 else letters(t, 3)
             _one_of_each(t, graph([*others[:zero], empty, *others[zero:]], [[1, 2], [2, 3], [3], []]))
+    for odd in (None, ("w", 0), (), -1, False):
+        a, b, c = letters(t, 3)
+        for names in ([odd, a, b, c], [a, b, odd, c]):
+            _one_of_each(t, graph(names, [[1, 2], [2, 3], [3], []]))
+    _one_of_each(t, graph([1, "1", "-2", -2], [[1, 2], [2, 3], [3], []]))
 
 
 @topological_order.check("a chain of 1,200 operations works as well")
@@ -317,6 +333,67 @@ def every_route(root: Any, parents: Any) -> Any:
 
     visit(root)
     return list(dict.fromkeys(order))[::-1]
+
+
+@topological_order.mistake(
+    says="a node that is on the stack several times is listed each time it is taken off",
+    tries="asking, when a node is taken off, whether it is in the list already.",
+    caught_by="once",
+)
+def listed_each_time(root: Any, parents: Any) -> Any:
+    order, entered, stack = [], set(), [root]
+    while stack:
+        node = stack[-1]
+        if node in entered:
+            order.append(stack.pop())
+        else:
+            entered.add(node)
+            stack.extend(p for p in parents(node) if p not in entered)
+    return order[::-1]
+
+
+@topological_order.mistake(
+    says="parents is asked for the same node in each of three passes over the graph",
+    tries=KEPT,
+    caught_by="frugal",
+)
+def three_passes(root: Any, parents: Any) -> Any:
+    nodes = {root: 0}
+    pending = [root]
+    for node in pending:
+        new = [p for p in dict.fromkeys(parents(node)) if p not in nodes]
+        nodes.update(dict.fromkeys(new, 0))
+        pending += new
+    for node in nodes:
+        for parent in parents(node):
+            nodes[parent] += 1
+    order = [root]
+    for node in order:
+        for parent in parents(node):
+            nodes[parent] -= 1
+            if nodes[parent] == 0:
+                order.append(parent)
+    return order
+
+
+@topological_order.mistake(
+    says="None is taken for the end of the parents, and it can be a node",
+    tries="a for loop over the iterator, or an object of your own for the end: end = object().",
+    caught_by="any_value",
+)
+def none_is_the_end(root: Any, parents: Any) -> Any:
+    order, seen = [], {root}
+    stack = [(root, iter(parents(root)))]
+    while stack:
+        node, rest = stack[-1]
+        parent = next(rest, None)
+        if parent is None:
+            order.append(node)
+            stack.pop()
+        elif parent not in seen:
+            seen.add(parent)
+            stack.append((parent, iter(parents(parent))))
+    return order[::-1]
 
 
 @topological_order.mistake(
