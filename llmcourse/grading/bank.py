@@ -65,5 +65,5 @@ def _judge(exercise: Exercise, fn: object, seed: int) -> Verdict:
 
 def _entry(exercise: Exercise, name: str, kind: str, meant: str, verdict: Verdict) -> Entry:
     failing = tuple(r.check.name for r in verdict.results if not r.ok)
-    named = verdict.mistake.name if verdict.mistake else ""
+    named = verdict.mistake.name if verdict.mistake and verdict.sure else ""
     return Entry(exercise, name, kind, meant, failing, named, verdict.seconds)

@@ -35,13 +35,18 @@ class Result:
 
 @dataclass
 class Verdict:
-    """What `check` found. `mistake` is the named mistake that the function equals, if any."""
+    """What `check` found.
+
+    mistake   the named mistake that the function equals, if any
+    sure      it answered every call alike; if not, those of at least half of the checks
+    """
 
     exercise: Exercise
     results: list[Result]
     seed: int
     seconds: float
     mistake: Mistake | None = None
+    sure: bool = False
     lab: str = ""
     show_seed: bool = True
 
@@ -86,7 +91,8 @@ class Verdict:
         lines = [f"✗ {name} · {failed.check.says}", *(f"  {line}" for line in failed.text.splitlines())]
         tries = failed.tries
         if self.mistake is not None:
-            lines.append(f"  This is what you get when {self.mistake.says}.")
+            sure = "This is what you get when" if self.sure else "It looks as if"
+            lines.append(f"  {sure} {self.mistake.says}.")
             tries = self.mistake.tries
         if tries:
             lines.append(f"  Try: {tries}")
@@ -125,7 +131,7 @@ def judge(exercise: Exercise, subject: Subject, seed: int | None = None) -> Verd
     results = list(_results(exercise, subject, seed))
     verdict = Verdict(exercise, results, seed, 0.0)
     if not verdict.ok and not verdict.not_yet:
-        verdict.mistake = recognise(exercise, results, seed)
+        verdict.mistake, verdict.sure = recognise(exercise, results, seed)
     verdict.seconds = perf_counter() - began
     return verdict
 
@@ -167,15 +173,15 @@ def _results(exercise: Exercise, subject: Subject, seed: int) -> Iterator[Result
             return
 
 
-def recognise(exercise: Exercise, results: Sequence[Result], seed: int) -> Mistake | None:
-    """The named mistake that answers as the judged function did.
+def recognise(exercise: Exercise, results: Sequence[Result], seed: int) -> tuple[Mistake | None, bool]:
+    """The named mistake that answers as the judged function did, and whether it does so everywhere.
 
-    Every check must agree; failing that, the mistake that agrees in the failing check and in the most
-    others. A mistake that agrees only in part must have the same first failure.
+    A mistake that agrees only in part must agree in the first failing check, be meant for that check,
+    and agree in at least half of all; the one that agrees in the most is taken.
     """
     first = next((r for r in results if not r.ok), None)
     if first is None:
-        return None
+        return None, False
     best: tuple[int, Mistake] | None = None
     for mistake in exercise.mistakes:
         agreed, failing = 0, False
@@ -187,10 +193,11 @@ def recognise(exercise: Exercise, results: Sequence[Result], seed: int) -> Mista
             elif result is first:
                 break
         if agreed == len(results):
-            return mistake
-        if failing and mistake.caught_by == first.check.name and (best is None or agreed > best[0]):
+            return mistake, True
+        fits = failing and mistake.caught_by == first.check.name and 2 * agreed >= len(results)
+        if fits and (best is None or agreed > best[0]):
             best = agreed, mistake
-    return best[1] if best else None
+    return (best[1] if best else None), False
 
 
 def same_calls(a: Result, b: Result) -> bool:

@@ -527,3 +527,22 @@ def test_an_object_that_equals_everything_passes_no_check():
     assert not verdict(lambda x, axis: np.zeros(3).view(Sly)).ok
     assert not verdict(lambda x, axis: np.array([EqualsAll()] * 3, dtype=object)).ok
     assert not verdict(lambda x, axis: np.full(3, NAN)).ok
+
+
+def test_a_mistake_that_agrees_only_in_part_is_named_as_a_guess():
+    """`averaged` but for single numbers: three of six checks see no difference."""
+    from llmcourse.labs.lab01_backprop import sum_to
+
+    averaged = next(m.fn for m in sum_to.mistakes if m.name == "averaged")
+
+    def mostly(grad, shape):
+        return grad if grad.size == 0 else averaged(grad, shape)
+
+    def seldom(grad, shape):
+        front = shape and 1 not in shape and grad.ndim > len(shape)
+        return averaged(grad, shape) if front else np.full(shape, 7, np.int64)
+
+    exact, partly, hardly = (judge(sum_to, LocalSubject(f, "sum_to"), 3) for f in (averaged, mostly, seldom))
+    assert "This is what you get when the copies' gradients are averaged" in str(exact)
+    assert "It looks as if the copies' gradients are averaged" in str(partly)
+    assert hardly.mistake is None
