@@ -38,7 +38,7 @@ class Verdict:
     """What `check` found.
 
     mistake   the named mistake that the function equals, if any
-    sure      it answered every call alike; if not, those of at least half of the checks
+    sure      it answered every call alike; if not, those of at least a third of the checks
     """
 
     exercise: Exercise
@@ -177,7 +177,7 @@ def recognise(exercise: Exercise, results: Sequence[Result], seed: int) -> tuple
     """The named mistake that answers as the judged function did, and whether it does so everywhere.
 
     A mistake that agrees only in part must agree in the first failing check, be meant for that check,
-    and agree in at least half of all; the one that agrees in the most is taken.
+    and agree in at least a third of all; the one that agrees in the most is taken.
     """
     first = next((r for r in results if not r.ok), None)
     if first is None:
@@ -194,7 +194,7 @@ def recognise(exercise: Exercise, results: Sequence[Result], seed: int) -> tuple
                 break
         if agreed == len(results):
             return mistake, True
-        fits = failing and mistake.caught_by == first.check.name and 2 * agreed >= len(results)
+        fits = failing and mistake.caught_by == first.check.name and 3 * agreed >= len(results)
         if fits and (best is None or agreed > best[0]):
             best = agreed, mistake
     return (best[1] if best else None), False

@@ -216,7 +216,7 @@ def test_a_function_that_looks_past_its_arrays_is_found():
 def test_a_swapped_pair_is_told_by_shape_and_by_name():
     text = str(check(matmul_backward, lambda grad, a, b: (a.T @ grad, grad @ b.T), seed=7))
     assert "grad_a: the result has shape (3, 6), expected (4, 3)" in text
-    assert "This is what you get when the two gradients are returned in the other order." in text
+    assert "It looks as if the two gradients are returned in the other order." in text, "and .T is wrong too"
 
 
 @pytest.mark.parametrize(
