@@ -13,7 +13,7 @@ from typing import Any
 
 from llmcourse.grading.pool import ATTEMPTS, not_judged
 from llmcourse.grading.stage import Job, Judged, judge_submission
-from llmcourse.runner.connect import connect
+from llmcourse.runner.connect import connect, node_lost_errors
 
 SLOTS = 4096
 
@@ -49,13 +49,6 @@ def _drive(jobs: Sequence[Job], at_once: int | None) -> Iterator[Judged]:
     limit = at_once or max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = deque((job, 1) for job in jobs)
     running: dict[Any, tuple[Job, int]] = {}
-    lost = (
-        ray.exceptions.WorkerCrashedError,
-        ray.exceptions.NodeDiedError,
-        ray.exceptions.LocalRayletDiedError,
-        ray.exceptions.OutOfMemoryError,
-        ray.exceptions.ObjectLostError,
-    )
     try:
         while waiting or running:
             while waiting and len(running) < limit:
@@ -66,7 +59,7 @@ def _drive(jobs: Sequence[Job], at_once: int | None) -> Iterator[Judged]:
                 job, attempt = running.pop(ref)
                 try:
                     yield Judged(**ray.get(ref))
-                except lost as error:
+                except node_lost_errors() as error:
                     if attempt < ATTEMPTS:
                         waiting.append((job, attempt + 1))
                     else:

@@ -1,6 +1,6 @@
 """An exercise: what is asked, how it is checked, how people get it wrong, how else it can be right.
 
-    sum_to = Exercise("sum_to", title="The backward of broadcasting", …, reference=…)
+    sum_to = Exercise("sum_to", title="The backward of broadcasting", …)
 
     @sum_to.check("each element is the sum of its copies' gradients")
     def values(t: Trial) -> None:

@@ -33,13 +33,12 @@ from types import FunctionType
 from typing import Any, NoReturn
 
 from llmcourse.grading.channel import Channel, ChannelError, MessageTooLarge
-from llmcourse.grading.limits import CHANNEL_LOST, MB, Limits, limit_this_process
+from llmcourse.grading.limits import CHANNEL_LOST, MB, Limits, end_with_parent, limit_this_process
 from llmcourse.grading.outputs import Shown
 from llmcourse.grading.perform import NO_FUNCTION, Call, Failure, failure, perform
 from llmcourse.grading.plain import plain
 from llmcourse.grading.shell import Shell, cell_failure
 
-DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 EXCHANGE = 200  # frames for a question to the judge, kept free where the learner has used up their own
 
 
@@ -179,7 +178,7 @@ def main() -> NoReturn:
     os.set_inheritable(fd, False)
     limits = Limits(**settings["limits"])
     if not settings["sandboxed"]:
-        _end_with_the_judge()
+        end_with_parent()  # the sandbox sees to it else
     channel = Channel(socket.socket(fileno=fd), limits.message_mb * MB)
     learner = Learner(channel, limits.output_chars)
     sys.meta_path.insert(0, Forbidden(settings["forbidden"]))  # type: ignore[arg-type]
@@ -189,15 +188,6 @@ def main() -> NoReturn:
         os.dup2(nowhere, standard)
     sys.path.insert(0, "")  # as in a notebook: a module that a cell wrote (%%writefile) can be imported
     learner.serve()
-
-
-def _end_with_the_judge() -> None:
-    """A cell that never ends must not outlive a judge that was killed. (The sandbox sees to it else.)"""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
 
 if __name__ == "__main__":

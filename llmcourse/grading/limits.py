@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 MB = 1_000_000
 CHANNEL_LOST = 70  # exit code of a learner's process that can no longer be reached
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,12 @@ def limit_this_process(limits: Limits, *, sandboxed: bool, own_user: bool) -> No
         limit("RLIMIT_MEMLOCK", 0)
     if own_user:
         limit("RLIMIT_NPROC", limits.processes + 16)  # so that `watch` sees who wants more, and says so
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it is gone, also by kill -9. Linux only."""
+    import ctypes
+    import signal
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

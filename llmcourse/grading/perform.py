@@ -122,9 +122,7 @@ def perform(
     call = Call(tuple(args))
     began = perf_counter()
     try:
-        with ExitStack() as counting, np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            counting.enter_context(_recursion_limit())
+        with _conditions(), ExitStack() as counting:
             counts = [counting.enter_context(c) for c in counters]
             result = fn(*(g.value for g in given))
             if grads:
@@ -152,8 +150,7 @@ def perform(
 def _left_behind(fn: Callable[..., Any], args: Sequence[Any], grads: bool) -> dict[str, int]:
     given = [Handed(a, grads) for a in args]
     (leak,) = _counters([LEAK], given)
-    with leak as count, np.errstate(all="ignore"), warnings.catch_warnings(), _recursion_limit():
-        warnings.simplefilter("ignore")
+    with _conditions(), leak as count:
         result = fn(*(g.value for g in given))
         if grads:
             _backward(result)
@@ -235,14 +232,17 @@ def failure(error: BaseException, fn: Callable[..., Any] | None = None) -> Failu
 
 
 @contextmanager
-def _recursion_limit() -> Iterator[None]:
-    """Python's default, counted from here: some front ends raise it, and no verdict may hang on that."""
+def _conditions() -> Iterator[None]:
+    """The same for every call, whatever the notebook has set: no warnings, and Python's default recursion
+    limit, counted from here (some front ends raise it, and no verdict may hang on that)."""
     before, depth, frame = sys.getrecursionlimit(), 0, sys._getframe()
     while frame is not None:
         depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
     sys.setrecursionlimit(depth + RECURSION)
     try:
-        yield
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         sys.setrecursionlimit(before)
 

@@ -7,7 +7,6 @@ once more, one at a time. What fails again is reported as not judged, never as z
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -20,10 +19,10 @@ from typing import Any
 
 import psutil
 
+from llmcourse.grading.limits import end_with_parent
 from llmcourse.grading.stage import Job, Judged, judge_submission
 
 ATTEMPTS = 2
-PR_SET_PDEATHSIG = 1
 
 _slot = 0
 
@@ -88,10 +87,9 @@ def _prepare(counter: Any, parent: int) -> None:
     """In a worker: a sandbox slot of its own; leave Ctrl-C to the parent; die with it."""
     global _slot
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    end_with_parent()
+    if sys.platform == "linux" and os.getppid() != parent:  # it was gone before
+        os._exit(1)
     with counter.get_lock():
         _slot = counter.value
         counter.value += 1

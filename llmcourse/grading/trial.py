@@ -63,7 +63,6 @@ class Oracle:
     def __init__(self, fn: Callable[..., Any], says: str, limit: int | None) -> None:
         self.fn, self.says, self.limit = fn, says, limit
         self.calls = self.sent = 0
-        self.log: list[tuple[Any, ...]] = []
 
     def __call__(self, *args: Any) -> Any:
         self.calls += 1
@@ -87,7 +86,6 @@ class Trial:
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng([self.seed % 2**64, crc32(self.check.encode())])
         self._oracles: list[Oracle] = []
-        self._said = ""
 
     # ── inputs ───────────────────────────────────────────────────────────────────────────────────
 
@@ -200,12 +198,9 @@ class Trial:
         """The arguments of the last call, for a message."""
         if not self.calls:
             return ""
-        named = zip(self._names(), self.calls[-1].args, strict=False)
+        named = zip(self.arguments, self.calls[-1].args, strict=False)
         return ", ".join(f"{name} {compare.describe(value)}" for name, value in named)
 
     def _argument(self, position: int) -> str:
-        names = self._names()
+        names = self.arguments
         return f"argument {names[position] if position < len(names) else position}"
-
-    def _names(self) -> tuple[str, ...]:
-        return self.arguments

@@ -35,6 +35,10 @@ class Lab:
     def points(self) -> int:
         return sum(e.points for e in self.exercises)
 
+    @property
+    def minutes(self) -> int:
+        return sum(e.minutes for e in self.exercises)
+
     def exercise(self, name: str) -> Exercise:
         """The exercise whose function is called `name`."""
         for e in self.exercises:

@@ -51,8 +51,7 @@ def list_labs() -> int:
     rows = []
     for lab in LABS:
         passed = sum(row.passed for row in progress.lab_status(lab))
-        minutes = sum(e.minutes for e in lab.exercises)
-        rows.append([lab.name, lab.title, len(lab.exercises), passed, lab.points, minutes])
+        rows.append([lab.name, lab.title, len(lab.exercises), passed, lab.points, lab.minutes])
     print(Table(["lab", "title", "exercises", "passed", "points", "minutes"], rows))
     print("\nllmcourse lab start LAB makes a copy of a lab for you to work in.")
     return 0
@@ -98,8 +97,7 @@ def start(lab: Lab, folder: Path = FOLDER) -> int:
                 "--folder with a place that you may write to.",
             ) from error
         print(f"A new copy for you: {target}")
-    minutes = sum(e.minutes for e in lab.exercises)
-    print(f"{len(lab.exercises)} exercises, {lab.points} points, {minutes} minutes")
+    print(f"{len(lab.exercises)} exercises, {lab.points} points, {lab.minutes} minutes")
     print(f"Open it:  jupyter lab {target}\nCheck it: llmcourse lab check {lab.number}")
     return 0
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from llmcourse.errors import DeviceError
 from llmcourse.files import write_whole
+from llmcourse.runner.connect import node_lost_errors
 from llmcourse.runner.discover import Notebook, refuse_to_overwrite
 from llmcourse.runner.outcome import CellError, Event, Outcome
 from llmcourse.runner.pool import Stopped, not_run
@@ -183,17 +184,10 @@ class _Driver:
         self.running[self.task.options(memory=memory).remote(job, self.log)] = index, attempt
 
     def _collect(self, ref: Any, index: int, attempt: int) -> None:
-        lost = self.ray.exceptions
         notebook = self.notebooks[index]
         try:
             plain, text = self.ray.get(ref)
-        except (
-            lost.WorkerCrashedError,
-            lost.NodeDiedError,
-            lost.LocalRayletDiedError,
-            lost.OutOfMemoryError,
-            lost.ObjectLostError,
-        ) as error:
+        except node_lost_errors() as error:
             reason = f"its node was lost ({type(error).__name__})"
             if attempt < ATTEMPTS and self._nodes():
                 self.on_event(Event("note", notebook.name, message=f"{reason}; running it once more"))
@@ -202,7 +196,7 @@ class _Driver:
                 times = f" {attempt} times" if attempt > 1 else ""
                 self._finish(index, _failed(notebook, f"{reason}{times}", attempt))
             return
-        except lost.RayError as error:
+        except self.ray.exceptions.RayError as error:
             said = str(error).strip().splitlines()
             self._finish(
                 index, _failed(notebook, f"{type(error).__name__}: {said[-1] if said else ''}", attempt)

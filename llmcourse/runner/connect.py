@@ -70,6 +70,19 @@ def connect(address: str) -> Generator[None, None, None]:
         ray.shutdown()
 
 
+def node_lost_errors() -> tuple[type[Exception], ...]:
+    """What Ray raises for a task whose node or process is gone: worth another try elsewhere."""
+    from ray import exceptions
+
+    return (
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.LocalRayletDiedError,
+        exceptions.OutOfMemoryError,
+        exceptions.ObjectLostError,
+    )
+
+
 def _unreachable(address: str, reason: str) -> NetworkError:
     return NetworkError(
         f"no Ray cluster answers at {address}: {reason.rstrip('.')}.",
