@@ -21,7 +21,6 @@ from llmcourse.vgpu.isa import (
     Vector,
 )
 from llmcourse.vgpu.lanes import Active, active_lanes, scattered, written
-from llmcourse.vgpu.matrix import compile_matrix
 from llmcourse.vgpu.printing import compile_call
 from llmcourse.vgpu.warp import WarpFault, compile_warp
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 NOTHING_TO_DO = ("membar", "fence", "prefetch", "prefetchu", "nanosleep", "griddepcontrol", "applypriority",
                  "discard", "setmaxnreg", "pmevent", "brkpt", "isspacep_")  # fmt: skip
+MATRIX = ("wmma", "mma", "ldmatrix", "stmatrix", "movmatrix")
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ def compile_instruction(
         made = make(program, instruction)
         if made is not None:
             return Compiled(_guarded(program, instruction, made))
-    for maker in (compile_warp, compile_matrix):
-        operation = maker(instruction)
-        if operation is not None:
-            step = _warp_step(program, instruction, operation)
-            return Compiled(_guarded(program, instruction, step), getattr(operation, "flops", None))
+    operation: object = compile_warp(instruction)
+    if operation is None and instruction.opcode in MATRIX:
+        from llmcourse.vgpu.matrix import compile_matrix
+
+        operation = compile_matrix(instruction)
+    if operation is not None:
+        step = _warp_step(program, instruction, operation)
+        return Compiled(_guarded(program, instruction, step), getattr(operation, "flops", None))
     raise PtxError(
         f"{instruction.line or 'this kernel'}: the machine has no {instruction.opcode} instruction "
         f"({instruction.text}).",

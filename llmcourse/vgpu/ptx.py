@@ -62,7 +62,7 @@ _LOC = re.compile(
 )
 _LINE_DIRECTIVE = re.compile(r"\.(?:loc|file|section)\s")
 _LABEL = re.compile(rf"({NAME})\s*:(?!:)")
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$", re.S)
+_REGISTERS = re.compile(r"\.reg\s*\.(\w+)\s+(.*)$", re.S)
 _GUARD = re.compile(rf"@(!?)\s*({NAME})\s+")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,\s][^,]*")
 _TARGETS = re.compile(r"\.branchtargets\s+(.*)$", re.S)
