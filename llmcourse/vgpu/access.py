@@ -32,9 +32,10 @@ from llmcourse.vgpu.memory import LOCAL_WINDOW, SHARED_WINDOW
 if TYPE_CHECKING:
     from llmcourse.vgpu.machine import Batch, Fetch, Program, Step
 
-Kind = Literal["load", "store", "atomic"]
+Kind = Literal["load", "store", "atomic", "copy"]
+"""copy: what an asynchronous copy writes; the hardware counts it apart from stores."""
 SPACES = ("param", "global", "shared", "local", "const")
-NAMES = {"load": "load", "store": "store", "atomic": "atomic operation"}
+NAMES = {"load": "load", "store": "store", "atomic": "atomic operation", "copy": "copy"}
 
 
 def space_of(instruction: Instruction) -> str:
@@ -374,10 +375,13 @@ def _count_global(
     size: int,
     kind: str,
 ) -> None:
-    key = ("sectors", offset % SECTOR_BYTES)
+    key = ("sectors", kind == "atomic", offset % SECTOR_BYTES)
     sectors = where.known.get(key)
     if sectors is None:
-        sectors = requests.sectors(requests.rows_of(address, active.lanes))
+        if kind == "atomic":
+            sectors = requests.atomic_sectors(address, active.lanes)
+        else:
+            sectors = requests.sectors(requests.rows_of(address, active.lanes))
         where.known[key] = sectors
     counts = batch.counters.at(batch.program.number(instruction.line))
     counts[f"global_{kind}_requests"] += active.warps
@@ -403,7 +407,8 @@ def _shared(
     found: object = where.known.get(key)
     if found is None:
         # Adding a multiple of 4 bytes rotates the banks and changes no conflict.
-        found = requests.wavefronts(requests.rows_of(where.bytes + offset % 4, active.lanes), size)
+        mask = None if active.lanes is None else active.warps_taking_part()
+        found = requests.wavefronts(requests.rows_of(where.bytes + offset % 4, active.lanes), size, mask)
         where.known[key] = found
     assert isinstance(found, tuple)
     passes, conflicts = found
@@ -413,8 +418,9 @@ def _shared(
     counts[f"shared_{kind}_bank_conflicts"] += conflicts
     counts[f"shared_{kind}_bytes"] += active.threads * size
     if batch.monitor is not None:
+        seen: Literal["load", "store", "atomic"] = "store" if kind == "copy" else kind
         batch.monitor.access(
-            kind, where.base, offset, size, active.lanes, instruction, None if values is None else values[0]
+            seen, where.base, offset, size, active.lanes, instruction, None if values is None else values[0]
         )
     view = batch.shared_views.get(dtype)
     if view is None:

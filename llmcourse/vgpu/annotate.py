@@ -1,8 +1,8 @@
 """CUDA C++ source with what each line cost beside it: a heat map that can be read line by line.
 
-    line  instructions  active  sectors/request   conflicts │
-       3            64      32                              │  int i = blockIdx.x * blockDim.x + threadIdx.x;
-       4           160      32        4.00                  │  if (i < n) y[i] = a * x[i] + y[i];      ████
+       instructions ▾  active of 32  sectors/request
+    2              64          32.0                   ████       │ int i = blockIdx.x * 256 + threadIdx.x;
+    3             160          31.4             4.00  ██████████ │ if (i < n) y[i] = a * x[i] + y[i];
 
 In Jupyter the same as a table, the lines shaded by one column. Numbers and the length of a bar say all that
 the shade says, and the shade is a thin layer over the theme's own background, so that the text keeps its
@@ -25,6 +25,8 @@ MOST = 0.40
 """Opacity of the hottest line: text of either theme keeps a contrast of at least 4.5 to 1 above it."""
 BAR = 10
 """Characters of the longest bar."""
+LONG = 40
+"""Lines of a source that is shown whole."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Annotated:
     source    CUDA C++ as it was compiled; counters come by its line numbers
     columns   see `COLUMNS`; None for those of `DEFAULT` that hold something
     heat      the column that shades; None for the first
-    whole     False leaves out stretches of lines without counters
+    whole     False leaves out stretches of lines without counters; None does so in a source of over 40 lines
 
     Raises   UnknownNameError for a column that does not exist.
     """
@@ -109,12 +111,12 @@ class Annotated:
         *,
         columns: Sequence[str] | None = None,
         heat: str | None = None,
-        whole: bool = True,
+        whole: bool | None = None,
         title: str = "",
     ) -> None:
         self.lines = source.expandtabs(4).splitlines()
         self.counts: dict[int, Counts] = {n: dict(c) for n, c in counters.lines.items() if any(c.values())}
-        self.title, self.whole = title, whole
+        self.title, self.whole = title, len(self.lines) <= LONG if whole is None else whole
         chosen = DEFAULT if columns is None else columns
         self.columns = {name: column(name) for name in chosen}
         if columns is None:
@@ -166,7 +168,7 @@ class Annotated:
             rows.append(("…" if n is None else str(n), cells, self.lines[n - 1] if n else "", bar))
         if other := self._elsewhere():
             rows.append(("", [c.text(other) for c in self.columns.values()], "(not in this source)", ""))
-        headings = [c.heading for c in self.columns.values()]
+        headings = [f"{c.heading} ▾" if n == self.heat else c.heading for n, c in self.columns.items()]
         widths = [
             max(len(heading), *(len(r[1][i]) for r in rows), 0) if rows else len(heading)
             for i, heading in enumerate(headings)
@@ -174,7 +176,7 @@ class Annotated:
         gutter = max((len(r[0]) for r in rows), default=1)
         out = [self.title] if self.title else []
         head = "  ".join(h.rjust(w) for h, w in zip(headings, widths, strict=True))
-        out.append(f"{' ' * gutter}  {head}  {self._heat.heading[:BAR]:{BAR}} │".rstrip())
+        out.append(f"{' ' * gutter}  {head}".rstrip())
         for number, cells, text, bar in rows:
             body = "  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True))
             out.append(f"{number:>{gutter}}  {body}  {bar:{BAR}} │ {text}".rstrip())
@@ -183,7 +185,7 @@ class Annotated:
     def _repr_html_(self) -> str:
         shares = self.shares()
         number = "text-align:right;padding:0 .6em;white-space:nowrap;font-variant-numeric:tabular-nums"
-        code = "text-align:left;padding:0 .6em;white-space:pre;font-family:monospace"
+        code = "text-align:left;padding:0 .6em;white-space:pre-wrap;font-family:monospace"
         heads = "".join(
             f'<th scope="col" style="{number}">{escape(c.heading)}{" ▾" if n == self.heat else ""}</th>'
             for n, c in self.columns.items()
@@ -206,7 +208,7 @@ class Annotated:
             "</caption>"
         )
         return (
-            '<table style="border-collapse:collapse;font-size:90%">'
+            '<table style="border-collapse:collapse;font-size:90%;margin:0;color:inherit">'
             f'{caption}<thead><tr><th scope="col" style="{number}">line</th>{heads}'
             f'<th scope="col" style="{code}">source</th></tr></thead><tbody>{"".join(body)}</tbody></table>'
         )
@@ -215,7 +217,7 @@ class Annotated:
 def _shade(share: float) -> str:
     """A row's attribute: the theme's background, tinted by the line's share of the heat."""
     if share <= 0:
-        return ""
+        return ' style="background:transparent"'  # Jupyter stripes tables: a stripe would look like heat
     opacity = 0.04 + (MOST - 0.04) * share
     return f' style="background:rgba({HEAT[0]},{HEAT[1]},{HEAT[2]},{opacity:.2f})"'
 

@@ -81,7 +81,9 @@ def _wrong_count(
         left = [p.text for p in declared[len(values) :]] if declared else []
         fix = f"passing {' and '.join(left)} as well." if left else "passing the missing ones."
     else:
-        fix = f"dropping the last {len(values) - len(sizes)}; grid and block go into kernel[grid, block]."
+        extra = len(values) - len(sizes)
+        which = "argument" if extra == 1 else f"{extra} arguments"
+        fix = f"dropping the last {which}; grid and block go into kernel[grid, block]."
     return ArgumentError(
         f"{kernel} takes {_count(len(sizes))}{listed}, and {len(values)} were passed.",
         "A launch copies one value into each parameter, in order.",
@@ -158,9 +160,8 @@ class _Slot:
             dtype, size = value.dtype.name, value.dtype.itemsize
         if self.element is not None and not _fits(self.element, dtype, size):
             want = str(self.element)
-            fix = f".to(torch.{want})" if is_tensor(value) else f".astype(np.{want})"
-            if self.element.kind in ("b", "e4m3", "e5m2") and not is_tensor(value):
-                fix = f"ml_dtypes.{want} as dtype"
+            module = "torch" if is_tensor(value) else "np" if hasattr(np, want) else "ml_dtypes"
+            fix = f"{self.name}.{'to' if is_tensor(value) else 'astype'}({module}.{want})"
             raise ArgumentError(
                 f"{self.what} points to {want}, and an array of {dtype} was passed.",
                 f"The kernel would read the bytes of {dtype} numbers as {want}: nothing converts them.",
@@ -171,9 +172,10 @@ class _Slot:
     def _check_tensor(self, tensor: torch.Tensor) -> None:
         torch = sys.modules["torch"]
         if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "cuda"):
-            where = tensor.layout if tensor.layout is not torch.strided else f"device {tensor.device}"
+            sparse = tensor.layout is not torch.strided
+            where = f"a tensor of layout {tensor.layout}" if sparse else f"on device {tensor.device}"
             raise ArgumentError(
-                f"{self.what} is a tensor with {where}.",
+                f"{self.what} is {where}.",
                 "A kernel gets the address of ordinary memory, of the CPU or of an NVIDIA GPU.",
                 "x.to_dense() or x.cpu().",
             )
@@ -238,7 +240,6 @@ class _Slot:
         if element.kind in ("i", "u", "?"):
             return self._integer(value, element, either_sign)
         number = float(value)
-        dtype = _float_dtype(element)
         largest = {2: 65504.0, 4: float(np.finfo(np.float32).max), 8: float(np.finfo(np.float64).max)}
         if element.kind == "f" and abs(number) > largest[element.size] and abs(number) != float("inf"):
             raise ArgumentError(
@@ -247,7 +248,7 @@ class _Slot:
                 "a smaller number, float('inf') if infinity is meant, or double in the kernel.",
             )
         with np.errstate(all="ignore"):
-            return dtype.type(number)
+            return _bfloat16(number) if element.kind == "b" else _float_dtype(element).type(number)
 
     def _integer(self, value: Any, element: Element, either_sign: bool) -> np.generic:
         if not isinstance(value, numbers.Integral | np.bool_):
@@ -278,8 +279,15 @@ def _float_dtype(element: Element) -> np.dtype:
         return np.dtype(f"f{element.size}")
     import ml_dtypes
 
-    names = {"b": "bfloat16", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
-    return np.dtype(getattr(ml_dtypes, names[element.kind]))
+    return np.dtype(getattr(ml_dtypes, {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}[element.kind]))
+
+
+def _bfloat16(number: float) -> np.uint16:
+    """The bits of a number in bfloat16: a float32 cut in half, rounded to the nearest, ties to even."""
+    bits = int(np.float32(number).view(np.uint32))
+    if number != number:
+        return np.uint16(0x7FFF)
+    return np.uint16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
 
 
 def _fits(element: Element, dtype: str, size: int) -> bool:

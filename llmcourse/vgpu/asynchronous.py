@@ -112,7 +112,7 @@ def _finish(batch: Batch, until: int) -> None:
             pending.base,
             pending.offset,
             pending.size,
-            "store",
+            "copy",
             np.dtype("u4"),
         )
         for i in range(pending.size // 4):

@@ -88,8 +88,7 @@ def _contention(batch: Batch, active: Active, instruction: Instruction, address:
 
 def _own_values(rows: np.ndarray, active: Active) -> np.ndarray:
     """Give lanes that take no part addresses of their own, so that they queue for nothing."""
-    mask = active.by_warp()
-    mask = mask[mask.any(axis=1)]
+    mask = active.warps_taking_part()
     return np.where(mask, rows, -1 - np.arange(rows.shape[1]))
 
 

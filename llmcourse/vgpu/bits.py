@@ -13,13 +13,25 @@ import numpy as np
 
 from llmcourse.vgpu.forms import Form, Modifiers, form, unsigned, width
 from llmcourse.vgpu.isa import DTYPES, Immediate, Pair
-from llmcourse.vgpu.vector import Value, joined, select
+from llmcourse.vgpu.vector import Value, joined, select, spread
 
-BOOLEAN: dict[str, Callable[[Value, Value], Value]] = {
+BITWISE: dict[str, Callable[[Value, Value], Value]] = {
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
 }
+
+
+def _on_bytes(operation: Callable[[Value, Value], Value]) -> Callable[[Value, Value], Value]:
+    """NumPy combines an array of bool with one scalar bool forty times slower than as bytes."""
+
+    def apply(p: Value, q: Value) -> Value:
+        return operation(p.view(np.uint8), q.view(np.uint8)).view(np.bool_)
+
+    return apply
+
+
+BOOLEAN = {name: _on_bytes(operation) for name, operation in BITWISE.items()}
 LOGIC = ("pred", "b16", "b32", "b64")
 WORDS = ("b32", "b64")
 FIELDS = ("u32", "s32", "u64", "s64")
@@ -41,7 +53,8 @@ def _constant(m: Modifiers, place: int) -> int | None:
 @form("and", "or", "xor", types=LOGIC)
 def _logic(m: Modifiers) -> Form:
     type_ = _storage(m.type())
-    return Form(BOOLEAN[m.instruction.opcode], (type_, type_), (type_,))
+    table = BOOLEAN if type_ == "pred" else BITWISE
+    return Form(table[m.instruction.opcode], (type_, type_), (type_,))
 
 
 @form("not", types=LOGIC)
@@ -177,6 +190,10 @@ def _bfe(m: Modifiers) -> Form:
     """c bits of a from bit b up; signed types repeat the top one. b and c count modulo 256."""
     type_ = m.type()
     dtype, bits = DTYPES[type_], width(type_)
+    fixed_start, fixed_length = _constant(m, 2), _constant(m, 3)
+    if type_[0] == "u" and fixed_start is not None and fixed_length is not None:
+        shift, mask = _byte(np.uint32(fixed_start), dtype), _ones(_byte(np.uint32(fixed_length), dtype))
+        return Form(lambda a, _, __: (a >> shift) & mask, (type_, "u32", "u32"), (type_,))
 
     def unsigned_field(a: Value, start: Value, length: Value) -> Value:
         return (a >> _byte(start, dtype)) & _ones(_byte(length, dtype))
@@ -294,8 +311,8 @@ def _prmt(m: Modifiers) -> Form:
 
         return Form(by_pattern, takes, ("u32",))
     if selector is not None:
-        digits = [selector >> 4 * i & 15 for i in range(4)]
-        return Form(lambda a, b, _: _permuted_fixed(joined(a, b), digits), takes, ("u32",))
+        permutation = fixed_permutation(selector)
+        return Form(lambda a, b, _: permutation(a, b), takes, ("u32",))
     return Form(lambda a, b, c: permuted(joined(a, b), c), takes, ("u32",))
 
 
@@ -313,26 +330,41 @@ def permuted(both: Value, selector: Value) -> Value:
     return out.astype(np.uint32)
 
 
-def _permuted_fixed(both: Value, digits: list[int]) -> Value:
-    out = np.uint64(0)
+def fixed_permutation(selector: int) -> Callable[[Value, Value], Value]:
+    """`permuted` for a selector known now: bytes that move equally far are shifted together."""
+    digits = [selector >> 4 * i & 15 for i in range(4)]
+    if any(digit & 8 for digit in digits):
+        return lambda a, b: permuted(joined(a, b), np.uint32(selector))
+    moves: dict[tuple[bool, int], int] = {}
     for i, digit in enumerate(digits):
-        byte = (both >> np.uint64(8 * (digit & 7))) & np.uint64(0xFF)
-        if digit & 8:
-            byte = (byte >> np.uint64(7)) * np.uint64(0xFF)
-        out = out | (byte << np.uint64(8 * i))
-    return out.astype(np.uint32)
+        key = digit >= 4, digit % 4 - i
+        moves[key] = moves.get(key, 0) | 0xFF << 8 * i
+    steps = [
+        (second, np.right_shift if down > 0 else np.left_shift, np.uint32(8 * abs(down)), np.uint32(mask))
+        for (second, down), mask in moves.items()
+    ]
+
+    def apply(a: Value, b: Value) -> Value:
+        out = np.uint32(0)
+        for second, shift, amount, mask in steps:
+            out = out | (shift(b if second else a, amount) & mask)
+        return spread((a, b, out))[2]  # every byte may have come from the one that is a scalar
+
+    return apply
 
 
 # ---- counts
 
 
-def smeared(value: Value) -> Value:
-    """Every bit below the highest set one, set too."""
-    shift = 1
-    while shift < 8 * value.dtype.itemsize:
-        value = value | (value >> value.dtype.type(shift))
-        shift *= 2
-    return value
+def bit_length(value: Value) -> Value:
+    """The place of the highest set bit plus one, as uint32; 0 for 0. Of uint32 or uint64."""
+    if value.dtype.itemsize == 4:
+        # float64 holds 32 bits exactly, and its exponent counts them, from 1023 for one bit.
+        exponent = value.astype(np.float64).view(np.int64) >> np.int64(52)
+        return np.maximum(exponent - np.int64(1022), np.int64(0)).astype(np.uint32)
+    for shift in (1, 2, 4, 8, 16, 32):
+        value = value | (value >> np.uint64(shift))
+    return np.bitwise_count(value).astype(np.uint32)
 
 
 @form("popc", types=WORDS)
@@ -344,7 +376,7 @@ def _popc(m: Modifiers) -> Form:
 def _clz(m: Modifiers) -> Form:
     type_ = unsigned(m.type())
     bits = np.uint32(width(type_))
-    return Form(lambda a: bits - np.bitwise_count(smeared(a)), (type_,), ("u32",))
+    return Form(lambda a: bits - bit_length(a), (type_,), ("u32",))
 
 
 @form("bfind", types=FIELDS)
@@ -360,7 +392,7 @@ def _bfind(m: Modifiers) -> Form:
     def apply(a: Value) -> Value:
         if type_[0] == "s":
             a = (a ^ (a >> a.dtype.type(int(top)))).view(bits)
-        place = np.bitwise_count(smeared(a)) - np.uint32(1)
+        place = bit_length(a) - np.uint32(1)
         return select(a == 0, place, top - place) if as_shift else place
 
     return Form(apply, (type_,), ("u32",))
@@ -384,7 +416,7 @@ def _fns(m: Modifiers) -> Form:
         seen = np.zeros(shape, np.int64)
         for i in range(32):
             at = place + i * step
-            inside = (at >= 0) & (at < 32)
+            inside = (at >= 0) & (at < 32) & (place < 32)
             hit = inside & ((mask >> np.where(inside, at, 0).astype(np.uint32)) & np.uint32(1) == 1)
             seen = seen + hit
             found = np.where(hit & (seen == wanted) & (found == 0xFFFFFFFF), at.astype(np.uint32), found)

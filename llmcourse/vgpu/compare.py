@@ -14,7 +14,7 @@ import numpy as np
 from llmcourse.vgpu.bits import BOOLEAN
 from llmcourse.vgpu.floats import flushed
 from llmcourse.vgpu.forms import FLOATS, Form, Modifiers, form, unsigned
-from llmcourse.vgpu.isa import DTYPES, Pair
+from llmcourse.vgpu.isa import DTYPES, Immediate, Pair
 from llmcourse.vgpu.vector import Value, select
 
 Comparison = Callable[[Value, Value], Value]
@@ -123,6 +123,9 @@ def _selp(m: Modifiers) -> Form | None:
     type_ = m.type()
     if type_ not in FLOATS:
         type_ = unsigned(type_)
+    if m.instruction.operands[1:3] == (Immediate(1), Immediate(0)):  # the comparison as a C++ bool
+        dtype = DTYPES[type_]
+        return Form(lambda _, __, p: p.astype(dtype), (type_, type_, "pred"), (type_,))
     return Form(lambda a, b, p: select(p, a, b), (type_, type_, "pred"), (type_,))
 
 

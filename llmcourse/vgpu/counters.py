@@ -24,6 +24,8 @@ NCU_NAMES: dict[str, str] = {
     "shared_load_bank_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_ld.sum",
     "shared_store_wavefronts": "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_st.sum",
     "shared_store_bank_conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_st.sum",
+    "shared_copy_wavefronts": "smsp__sass_l1tex_data_pipe_lsu_wavefronts_mem_shared_op_ldgsts.sum",
+    "shared_copy_bank_conflicts": "smsp__sass_l1tex_data_bank_conflicts_pipe_lsu_mem_shared_op_ldgsts.sum",
     "instructions": "smsp__inst_executed.sum",
     "thread_instructions": "smsp__thread_inst_executed.sum",
     "branches": "smsp__sass_inst_executed_op_branch.sum",
@@ -40,7 +42,7 @@ NAMES: tuple[str, ...] = (
     *(f"global_atomic_{what}" for what in ("requests", "sectors", "bytes", "contention")),
     *(
         f"shared_{kind}_{what}"
-        for kind in ("load", "store", "atomic")
+        for kind in ("load", "store", "atomic", "copy")
         for what in ("requests", "wavefronts", "bank_conflicts", "bytes")
     ),
     *(f"local_{kind}_{what}" for kind in ("load", "store") for what in ("requests", "sectors")),
@@ -115,7 +117,7 @@ class Counters:
     @property
     def bank_conflicts(self) -> int:
         total = self.total
-        return sum(total[f"shared_{kind}_bank_conflicts"] for kind in ("load", "store", "atomic"))
+        return sum(total[f"shared_{kind}_bank_conflicts"] for kind in ("load", "store", "atomic", "copy"))
 
     @property
     def flops(self) -> int:

@@ -12,22 +12,20 @@ the same values and counts what Nsight Compute would count. Arrays are read and 
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from llmcourse.errors import UnknownNameError
-from llmcourse.vgpu import isa, native, nvrtc, signature
+from llmcourse.vgpu import native, nvrtc
 from llmcourse.vgpu.arguments import Argument, as_numpy, bind, is_tensor
 from llmcourse.vgpu.compile_error import CompileError
-from llmcourse.vgpu.diagnostics import Diagnostic
 from llmcourse.vgpu.faults import KernelFault
 from llmcourse.vgpu.launch import LaunchError, Size, check_launch, place_of, size3
 from llmcourse.vgpu.magic import register
 from llmcourse.vgpu.memory import ArgumentError
+from llmcourse.vgpu.module import Kernel, Module, NoKernelError
 from llmcourse.vgpu.result import Result
+from llmcourse.vgpu.shown import for_readers
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +39,7 @@ __all__ = [
     "KernelFault",
     "LaunchError",
     "Module",
+    "NoKernelError",
     "Result",
     "array",
     "compile",
@@ -52,10 +51,7 @@ __all__ = [
 Where = Literal["auto", "machine", "gpu"]
 
 
-class NoKernelError(UnknownNameError, AttributeError):
-    """A kernel that a module does not have."""
-
-
+@for_readers
 def compile(
     source: str,
     arch: nvrtc.Arch = None,
@@ -85,12 +81,18 @@ def compile(
         options=given,
         names=tuple(names),
         name=name,
+        compiled=True,
         lowered=compiled.lowered,
         warnings=compiled.warnings,
         log=compiled.log,
     )
 
 
+@overload
+def from_ptx(ptx: str, name: str, *, source: str = "") -> Kernel: ...
+@overload
+def from_ptx(ptx: str, name: None = None, *, source: str = "") -> Module: ...
+@for_readers
 def from_ptx(ptx: str, name: str | None = None, *, source: str = "") -> Kernel | Module:
     """A kernel from PTX text, as `kernel.ptx` gives it; the whole module where `name` is None.
 
@@ -102,213 +104,6 @@ def from_ptx(ptx: str, name: str | None = None, *, source: str = "") -> Kernel |
         ptx, source=source, arch=target[1] if target else "", name=file[1] if file else nvrtc.SOURCE_NAME
     )
     return module if name is None else module[name]
-
-
-class Module:
-    """Compiled CUDA C++: its kernels as attributes (`module.saxpy`) and items (`module["copy<float>"]`).
-
-    source, ptx   the text it came from, and what the machine runs
-    arch, options, names, name   how it was compiled
-    kernels       by name, in the source's order
-    warnings      what the compiler found odd; `log` its own words
-    """
-
-    def __init__(
-        self,
-        ptx: str,
-        *,
-        source: str = "",
-        arch: str = "",
-        options: tuple[str, ...] = (),
-        names: tuple[str, ...] = (),
-        name: str = nvrtc.SOURCE_NAME,
-        lowered: Mapping[str, str] | None = None,
-        warnings: tuple[Diagnostic, ...] = (),
-        log: str = "",
-    ) -> None:
-        self.ptx, self.source, self.arch, self.options, self.names = ptx, source, arch, options, names
-        self.name, self.lowered, self.warnings, self.log = name, dict(lowered or {}), warnings, log
-        self.kernels = self._kernels()
-
-    def _kernels(self) -> dict[str, Kernel]:
-        spelled = {entry: expression for expression, entry in self.lowered.items()}
-        found = {}
-        for entry in signature.entries(self.ptx):
-            plain, arguments = signature.plain_name(entry.name)
-            full = f"{plain}<{', '.join(arguments)}>" if arguments else plain
-            label = spelled.get(entry.name, full if full not in found else entry.name)
-            found[label] = Kernel(self, label, entry)
-        order = {n: i for i, n in enumerate(signature.declared_kernels(self.source))}
-        return dict(sorted(found.items(), key=lambda item: order.get(item[1].plain, len(order))))
-
-    @property
-    def kernel(self) -> Kernel:
-        """The module's only kernel. Raises NoKernelError if there are none or several."""
-        if len(self.kernels) == 1:
-            return next(iter(self.kernels.values()))
-        if self.kernels:
-            first = next(iter(self.kernels))
-            raise NoKernelError(
-                f"this module has {len(self.kernels)} kernels: {', '.join(self.kernels)}.",
-                "module.kernel is for sources with a single one.",
-                f"module[{first!r}].",
-            )
-        raise self._none()
-
-    def _none(self) -> NoKernelError:
-        templates = re.findall(r"template\s*<[^{};]*?__global__[^(]*?(\w+)\s*\(", self.source)
-        if templates:
-            return NoKernelError(
-                f"this module has no kernel: {templates[0]} is a template.",
-                "The compiler makes code for a template only once its arguments are known.",
-                f'cuda.compile(source, names=["{templates[0]}<float>"]).',
-            )
-        return NoKernelError(
-            "this module has no kernel.",
-            "A function that is launched from Python is marked __global__.",
-            "__global__ void name(…) { … }.",
-        )
-
-    def __getitem__(self, name: str) -> Kernel:
-        if name in self.kernels:
-            return self.kernels[name]
-        wanted = re.sub(r"\s+", "", name)
-        for test in (
-            lambda k: re.sub(r"\s+", "", k.name) == wanted or k.entry.name == name,
-            lambda k: k.plain == name,
-        ):
-            matching = [k for k in self.kernels.values() if test(k)]
-            if len(matching) == 1:
-                return matching[0]
-            if matching:
-                raise NoKernelError(
-                    f"{name} has {len(matching)} instances: {', '.join(k.name for k in matching)}.",
-                    "Each instance of a template is a kernel of its own.",
-                    f"module[{matching[0].name!r}].",
-                )
-        if not self.kernels:
-            raise self._none()
-        raise NoKernelError(
-            f"this module has no kernel called {name}.",
-            f"It has {', '.join(self.kernels)}.",
-            f"module[{next(iter(self.kernels))!r}].",
-        )
-
-    def __getattr__(self, name: str) -> Kernel:
-        if name.startswith("_") or "kernels" not in self.__dict__:
-            raise AttributeError(name)
-        return self[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.kernels)
-
-    def __len__(self) -> int:
-        return len(self.kernels)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *(n for n in self.kernels if n.isidentifier())})
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        kept = ("source", "arch", "options", "names", "name", "lowered", "warnings", "log")
-        given = {name: getattr(self, name) for name in kept}
-        return _rebuild, (self.ptx, given)
-
-    def __repr__(self) -> str:
-        return f"<cuda.Module {self.name} for {self.arch}: {', '.join(self.kernels) or 'no kernels'}>"
-
-
-def _rebuild(ptx: str, given: dict[str, Any]) -> Module:
-    return Module(ptx, **given)
-
-
-class Kernel:
-    """One kernel: `kernel[grid, block](x, y, 2.0, n)` launches it.
-
-    name      in the source; `entry` in the PTX
-    module    where it comes from; `source`, `ptx`, `options` and `arch` are the module's, as plain strings
-    """
-
-    def __init__(self, module: Module, name: str, entry: signature.Entry) -> None:
-        self.module, self.name, self.entry = module, name, entry
-        self.plain, arguments = signature.plain_name(entry.name)
-        if name in module.lowered and "<" in name:
-            arguments = [a.strip() for a in name.partition("<")[2].rpartition(">")[0].split(",")]
-        macros = [option[2:].partition("=") for option in module.options if option.startswith("-D")]
-        self.parameters = signature.parameters(
-            module.source, self.plain, arguments or (), {m: text for m, _, text in macros}
-        )
-
-    @property
-    def source(self) -> str:
-        return self.module.source
-
-    @property
-    def ptx(self) -> str:
-        return self.module.ptx
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        return self.module.options
-
-    @property
-    def arch(self) -> str:
-        return self.module.arch
-
-    @cached_property
-    def program(self) -> isa.Kernel:
-        """The typed instructions that the machine runs. Raises PtxError for PTX that it cannot read."""
-        return parsed(self.ptx).kernels[self.entry.name]
-
-    @cached_property
-    def static_shared(self) -> int:
-        """Bytes of shared memory that the kernel declares."""
-        from llmcourse.vgpu.memory import lay_out_shared
-
-        variables = (*parsed(self.ptx).variables.values(), *self.program.variables.values())
-        return lay_out_shared([v for v in variables if v.space == "shared"], 0).used
-
-    def resources(self, arch: nvrtc.Arch = None) -> nvrtc.Resources:
-        """Registers, shared memory and spills of the machine code for `arch` (the module's if None).
-
-        The assembler (`ptxas`) runs on the CPU: no GPU is needed. Raises LaunchError without a source.
-        """
-        if not self.source:
-            raise LaunchError(
-                f"{self.name} was made from PTX alone.",
-                "Its resources are known once its C++ source is compiled to machine code.",
-                "from_ptx(ptx, name, source=source).",
-            )
-        module = self.module
-        compiled = nvrtc.compile_source(
-            self.source,
-            arch or self.arch,
-            options=self.options,
-            names=module.names,
-            name=module.name,
-            cubin=True,
-        )
-        return compiled.resources[self.entry.name]
-
-    def __getitem__(self, shape: Any) -> Launcher:
-        if not isinstance(shape, tuple) or not 2 <= len(shape) <= 3:
-            raise LaunchError(
-                f"{self.name}[{shape!r}] says only part of a launch.",
-                "A launch needs the number of blocks and the number of threads in each.",
-                f"{self.name}[grid, block](…), or [grid, block, shared_bytes].",
-            )
-        grid, block = size3(shape[0], "grid"), size3(shape[1], "block")
-        return Launcher(self, grid, block, operator.index(shape[2]) if len(shape) == 3 else 0)
-
-    def __call__(self, *arguments: object) -> Result:
-        raise LaunchError(
-            f"{self.name} was called without a grid.",
-            "A kernel runs in many threads: the launch says in how many blocks of how many threads.",
-            f"{self.name}[blocks, threads](…), for instance {self.name}[(n + 255) // 256, 256](…).",
-        )
-
-    def __repr__(self) -> str:
-        shown = ", ".join(p.text for p in self.parameters) if self.parameters is not None else "…"
-        return f"<kernel {self.name}({shown})>"
 
 
 class Launcher:
@@ -333,6 +128,7 @@ class Launcher:
         )
 
 
+@for_readers
 def launch(
     kernel: Kernel,
     grid: int | Sequence[int],
@@ -394,13 +190,6 @@ def launch(
     )
 
 
-@lru_cache(maxsize=64)
-def parsed(ptx: str) -> isa.Module:
-    from llmcourse.vgpu.ptx import parse
-
-    return parse(ptx)
-
-
 def _on_machine(
     kernel: Kernel, grid: Size, block: Size, shared: int, bound: Sequence[Argument], check: bool
 ) -> Run:
@@ -411,7 +200,7 @@ def _on_machine(
     try:
         return machine.execute(
             kernel.program,
-            parsed(kernel.ptx),
+            kernel.module.program,
             grid,
             block,
             values,
@@ -441,9 +230,10 @@ def _copies(bound: Sequence[Argument]) -> list[Argument]:
         if is_tensor(argument.data):
             tensor = argument.data.detach()
             storage = tensor.untyped_storage()
-            host = storages.setdefault(storage.data_ptr(), None) or storage.cpu()
-            storages[storage.data_ptr()] = host
+            if storage.data_ptr() not in storages:
+                storages[storage.data_ptr()] = storage.cpu()
             moved = tensor.new_empty(0, device="cpu")
+            host = storages[storage.data_ptr()]
             moved.set_(host, tensor.storage_offset(), tensor.size(), tensor.stride())
             argument = Argument(argument.name, argument.value, moved, argument.const)
         out.append(argument)

@@ -18,7 +18,7 @@ from llmcourse.vgpu import rounding
 from llmcourse.vgpu.forms import FLOATS, Form, Modifiers, form
 from llmcourse.vgpu.fused import fma_f32, fma_f64
 from llmcourse.vgpu.rounding import narrowed, odd_sum, rational_excess, stepped, sum_excess, two_sum
-from llmcourse.vgpu.vector import Value, is_scalar, packed
+from llmcourse.vgpu.vector import Value, is_scalar, packed, select
 
 Function = Callable[..., Value]
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -30,15 +30,12 @@ def flushed(value: Value) -> Value:
     """float32 with subnormal numbers replaced by zeros of their sign; `value` itself if it has none."""
     twice = value.view(np.uint32) << np.uint32(1)
     twice -= np.uint32(1)  # zeros wrap around to the largest number
-    subnormal = twice < _TWICE_NORMAL
-    if not subnormal.any():
+    if twice.min(initial=_TWICE_NORMAL) == _TWICE_NORMAL:
         return value
     bits = value.view(np.uint32)
     if is_scalar(bits):
         return (bits & _SIGN).view(np.float32)
-    bits = bits.copy()
-    bits[subnormal] &= _SIGN
-    return bits.view(np.float32)
+    return select(twice < _TWICE_NORMAL, bits & _SIGN, bits).view(np.float32)
 
 
 def clamped(value: Value) -> Value:
@@ -255,17 +252,13 @@ def _sqrt(m: Modifiers) -> Form | None:
 
 @form("rsqrt", types=FLOATS)
 def _rsqrt(m: Modifiers) -> Form | None:
-    """1/√x through float64; hardware may be 2 units off."""
+    """1/√x. rsqrt.approx.f32 may be 2 units off on hardware; here √x and its reciprocal are each rounded."""
     type_ = m.type()
     if not m.flag("approx"):
         return None
     if type_ == "f64":
         return _coarse(m, lambda a: np.float64(1) / np.sqrt(a))
-
-    def function(a: Value) -> Value:
-        return (np.float64(1) / np.sqrt(a, dtype=np.float64)).astype(np.float32)
-
-    return Form(finished(m, type_, function), (type_,), (type_,))
+    return Form(finished(m, type_, lambda a: ONE / np.sqrt(a)), (type_,), (type_,))
 
 
 def _coarse(m: Modifiers, function: Function) -> Form:
@@ -339,14 +332,13 @@ def extremum(opcode: str, nan: bool) -> Function:
 
     def apply(a: Value, b: Value) -> Value:
         result = choose(a, b)
-        zero = result == 0
-        if not zero.any():
+        if not (result == 0).any():
+            return result
+        zeros = (a == 0).view(np.uint8) & (b == 0).view(np.uint8)  # as bytes: see bits.BOOLEAN
+        if not zeros.any():
             return result
         # Of two zeros NumPy returns either. −0 + +0 = +0 is their maximum; the minimum mirrors it.
-        zeros = (a + b) if opcode == "max" else -((-a) + (-b))
-        if is_scalar(result):
-            return zeros if a == 0 and b == 0 else result
-        return np.where(zero & (a == 0) & (b == 0), zeros, result)
+        return select(zeros.view(np.bool_), (a + b) if opcode == "max" else -((-a) + (-b)), result)
 
     return apply
 

@@ -20,10 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmcourse.vgpu.rounding import narrowed, odd_sum, two_sum
-from llmcourse.vgpu.vector import Value, is_scalar, spread
-
-PIECE = 32768
-"""Lanes for one call of PyTorch: up to here it stays on the calling thread."""
+from llmcourse.vgpu.vector import Value, in_pieces, is_scalar, spread
 
 
 def fma_f32(a: Value, b: Value, c: Value) -> Value:
@@ -124,13 +121,9 @@ def _addcmul_of(torch: Any) -> Callable[[Value, Value, Value], np.ndarray]:
 
     def run(a: Value, b: Value, c: Value) -> np.ndarray:
         a, b, c = (x if x.flags.writeable else x.copy() for x in spread((a, b, c)))
-        out = np.empty(len(a), a.dtype)
-        for start in range(0, len(a), PIECE):
-            piece = slice(start, start + PIECE)
-            torch.addcmul(tensor(c[piece]), tensor(a[piece]), tensor(b[piece]), out=tensor(out[piece]))
-        return out
+        return torch.addcmul(tensor(c), tensor(a), tensor(b)).numpy()
 
-    return run
+    return in_pieces(run)
 
 
 def _is_fused(run: Callable[[Value, Value, Value], np.ndarray], dtype: np.dtype) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,18 @@ import numpy as np
 from llmcourse.vgpu.compare import FLOAT, predicates, truth
 from llmcourse.vgpu.floats import clamped, extremum
 from llmcourse.vgpu.forms import HALVES, PACKED_HALVES, Form, Modifiers, form
-from llmcourse.vgpu.fused import PIECE, fma_f32
+from llmcourse.vgpu.fused import fma_f32
 from llmcourse.vgpu.isa import Pair
 from llmcourse.vgpu.rounding import narrowed, odd_sum
 from llmcourse.vgpu.special import FUNCTIONS
-from llmcourse.vgpu.vector import Value, is_scalar, packed, spread
+from llmcourse.vgpu.vector import Value, in_pieces, is_scalar, packed, select, spread
 
 Function = Callable[..., Value]
 NAN = np.uint16(0x7FFF)
 """The NaN that the hardware makes, in both formats."""
+
+_TWICE_NORMAL = np.uint32(2 * 0x38800000 - 1)
+"""2⁻¹⁴, the least normal f16, as the bits of a float32, twice, minus one: see `_fma`."""
 
 # ---- to float32 and back
 
@@ -37,46 +41,40 @@ def widened(bits: Value, type_: str) -> Value:
     """The bits of f16 or bf16 (uint16) as float32: exact."""
     if type_ == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if is_scalar(bits) or (torch := _torch()) is None:
-        return bits.view(np.float16).astype(np.float32)
     halves = bits.view(np.float16)
-    return _in_pieces(lambda t: t.float(), torch, halves, np.float32)
+    if is_scalar(bits) or (torch := _torch()) is None:
+        return halves.astype(np.float32)
+    return _on_tensors(lambda t: t.float(), torch)(halves)
 
 
 def rounded(value: Value, type_: str) -> Value:
     """float32 to the bits of f16 or bf16, to nearest, ties to even."""
-    nan = value != value
     if is_scalar(value) or (torch := _torch()) is None:
-        bits = narrowed(value.astype(np.float64), type_)
-    elif type_ == "f16":
-        bits = _in_pieces(lambda t: t.half(), torch, value, np.float16).view(np.uint16)
+        return narrowed(value.astype(np.float64), type_)
+    if type_ == "f16":
+        bits = _on_tensors(lambda t: t.half(), torch)(value).view(np.uint16)
     else:
-        bits = _in_pieces(lambda t: t.bfloat16().view(torch.int16), torch, value, np.int16).view(np.uint16)
+        bits = _on_tensors(lambda t: t.bfloat16().view(torch.int16), torch)(value).view(np.uint16)
+    nan = value != value
     if nan.any():
-        if is_scalar(bits):
-            return NAN
         bits[nan] = NAN
     return bits
 
 
+def _on_tensors(convert: Callable[[Any], Any], torch: Any) -> Function:
+    def apply(values: np.ndarray) -> np.ndarray:
+        return convert(torch.from_numpy(values if values.flags.writeable else values.copy())).numpy()
+
+    return in_pieces(apply)
+
+
 @cache
-def _torch() -> Any:
+def _torch() -> ModuleType | None:
     try:
         import torch
     except ImportError:
         return None
     return torch
-
-
-def _in_pieces(convert: Callable[[Any], Any], torch: Any, values: np.ndarray, dtype: Any) -> np.ndarray:
-    """PyTorch keeps conversions of up to `PIECE` elements on the calling thread."""
-    out = np.empty(len(values), dtype)
-    if not values.flags.writeable:
-        values = values.copy()
-    for start in range(0, len(values), PIECE):
-        piece = slice(start, start + PIECE)
-        out[piece] = convert(torch.from_numpy(values[piece])).numpy()
-    return out
 
 
 # ---- arithmetic
@@ -90,6 +88,7 @@ def _halves(m: Modifiers) -> tuple[str, bool]:
 
 def _form(m: Modifiers, function: Function, count: int, pair: bool, flops: int = 0) -> Form:
     register = "u32" if pair else "u16"
+    function = in_pieces(function)
     if pair:
         function = packed(function, np.uint16)
     counted = ("flops_fp16", 2 * flops if pair else flops) if flops else None
@@ -120,7 +119,7 @@ def relu(value: Value) -> Value:
 
 def flushed_half(value: Value) -> Value:
     """float32 with what would be a subnormal f16 replaced by zero."""
-    return np.where(np.abs(value) < np.float32(2.0**-14), np.copysign(np.float32(0), value), value)[()]
+    return select(np.abs(value) < np.float32(2.0**-14), np.copysign(np.float32(0), value), value)
 
 
 @form("add", "sub", "mul", types=(*HALVES, *PACKED_HALVES))
@@ -148,7 +147,9 @@ def _fma(m: Modifiers) -> Form | None:
         else:
             doubtful = (bits & np.uint32(0x1FFF)) == np.uint32(0x1000)
             # Subnormal halves have fewer bits: −1 turns zero, which is exact, into the largest number.
-            doubtful |= (bits << np.uint32(1)) - np.uint32(1) < np.uint32(2 * 0x38800000 - 1)
+            twice = (bits << np.uint32(1)) - np.uint32(1)
+            if twice.min(initial=_TWICE_NORMAL) < _TWICE_NORMAL:
+                doubtful |= twice < _TWICE_NORMAL
         out = rounded(result if finish is None else finish(result), type_)
         if not doubtful.any():
             return out

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-NEEDED = ("cuda_fp16.h", "mma.h")
-"""One of the nvidia-cuda-runtime wheel; one that itself needs nvidia-cuda-crt (as crt/mma.hpp)."""
+NEEDED = ("cuda_fp16.h", "mma.h", "crt/mma.hpp")
+"""Two headers of the nvidia-cuda-runtime wheel, and the part of the second that is in nvidia-cuda-crt."""
 
 FIRST = "llmcourse_prelude.h"
 
@@ -84,7 +85,7 @@ def include_folders() -> tuple[str, ...]:
         if nvidia.is_dir():
             found += sorted(nvidia.glob("cu[0-9]*/include"), reverse=True)
             found += [nvidia / part / "include" for part in ("cuda_runtime", "cuda_nvcc", "cuda_crt")]
-    if not any((folder / NEEDED[0]).is_file() for folder in found):
+    if _absent(found):
         found += [Path(home) / "include" for home in _toolkits()]
     kept = [str(folder) for folder in dict.fromkeys(found) if folder.is_dir()]
     return tuple([*kept, *(f"{f}/cccl" for f in kept if Path(f, "cccl").is_dir())])
@@ -100,7 +101,8 @@ def _toolkits() -> list[str]:
 
 def missing() -> list[str]:
     """Which of CUDA's headers cannot be found; empty where everything is there."""
-    absent = [h for h in NEEDED if not any(Path(f, h).is_file() for f in include_folders())]
-    if "mma.h" not in absent and not any(Path(f, "crt/mma.hpp").is_file() for f in include_folders()):
-        absent.append("crt/mma.hpp")
-    return absent
+    return _absent([Path(folder) for folder in include_folders()])
+
+
+def _absent(folders: Sequence[Path]) -> list[str]:
+    return [header for header in NEEDED if not any((folder / header).is_file() for folder in folders)]

@@ -44,6 +44,11 @@ class Active:
             return np.full(self.threads, value)
         return value if self.lanes is None else value[self.lanes]
 
+    def warps_taking_part(self) -> np.ndarray:
+        """bool [warps with an active lane, 32]"""
+        rows = self.by_warp()
+        return rows[rows.any(axis=1)]
+
     def by_warp(self) -> np.ndarray:
         """bool [warps of the batch, 32]"""
         return self.mask.reshape(-1, WARP_SIZE)

@@ -68,6 +68,13 @@ def check_launch(
 
     max_threads   from __launch_bounds__; bytes of shared memory are per block
     """
+    threads = block[0] * block[1] * block[2]
+    if threads > MAX_THREADS and min(block) > 0:
+        raise LaunchError(
+            f"{kernel} was launched with {threads:,} threads a block ({_text(block)}).",
+            f"A block has at most {MAX_THREADS:,} threads: all of them share one SM.",
+            f"256 threads a block and {-(-threads // 256)} times as many blocks; blockIdx tells them apart.",
+        )
     for what, size, limit in (("grid", grid, MAX_GRID), ("block", block, MAX_BLOCK)):
         for axis, n, most in zip("xyz", size, limit, strict=True):
             if n < 1:
@@ -82,13 +89,6 @@ def check_launch(
                     f"A {what} has at most {most:,} in {axis}.",
                     "more blocks." if what == "block" else "the x axis for the longest side of the grid.",
                 )
-    threads = block[0] * block[1] * block[2]
-    if threads > MAX_THREADS:
-        raise LaunchError(
-            f"{kernel} was launched with {threads:,} threads a block ({_text(block)}).",
-            f"A block has at most {MAX_THREADS} threads: it runs on one SM, which holds 64 warps at most.",
-            f"{kernel}[{-(-threads // 256)} × as many blocks, 256], and blockIdx to tell them apart.",
-        )
     if max_threads is not None and threads > max_threads:
         raise LaunchError(
             f"{kernel} was launched with {threads} threads a block ({_text(block)}).",

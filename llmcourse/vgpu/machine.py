@@ -76,6 +76,7 @@ def execute(
     dynamic_shared: int = 0,
     check: bool = True,
     step_limit: int = STEP_LIMIT,
+    seconds: float | None = None,
     names: Sequence[str] | None = None,
 ) -> Run:
     """Run a kernel on the CPU.
@@ -84,6 +85,7 @@ def execute(
     check       watch shared memory for races and for reads of what nobody wrote; bounds, alignment and
                 barriers are always watched
     step_limit  basic blocks after which the launch is called endless
+    seconds     processor time after which it is, too; None for no such limit
     names       what the arguments are called in messages
 
     Raises   KernelFault where the kernel does something illegal (the arrays hold what it had written),
@@ -107,6 +109,7 @@ def execute(
         check,
         step_limit,
         dynamic_shared,
+        None if seconds is None else time.thread_time() + seconds,
     )
     try:
         with np.errstate(all="ignore"):
@@ -136,16 +139,23 @@ class Launch:
         check: bool,
         step_limit: int,
         dynamic_shared: int,
+        deadline: float | None,
     ) -> None:
         self.kernel, self.grid, self.block = kernel, grid, block
         self.memory, self.shared, self.parameters = memory, shared, parameters
         self.counters, self.check, self.step_limit = counters, check, step_limit
-        self.dynamic_shared = dynamic_shared
+        self.dynamic_shared, self.deadline = dynamic_shared, deadline
         self.printed: list[str] = []
         self.steps = 0
         sectors = len(memory.data) // 32 + 1
         self.touched = {kind: np.zeros(sectors, bool) for kind in ("load", "store")}
         self.local_offsets, self.local_bytes = _lay_out_local(kernel)
+
+    def spent(self) -> bool:
+        """Whether the launch has used up what it may."""
+        return self.steps > self.step_limit or (
+            self.deadline is not None and time.thread_time() > self.deadline
+        )
 
     def finish(self) -> None:
         for kind, touched in self.touched.items():
@@ -181,6 +191,8 @@ def _parameters(
             data = address.to_bytes(8, "little")
         elif isinstance(argument, bytes):
             data = argument
+        elif isinstance(argument, np.generic) and parameter.type == "b8":  # a structure of this size
+            data = argument.tobytes()
         else:
             data = np.asarray(argument).astype(DTYPES.get(parameter.type, np.dtype("u1"))).tobytes()
         if len(data) != parameter.size:
@@ -464,7 +476,7 @@ class Batch:
         try:
             while True:
                 launch.steps += 1
-                if launch.steps > launch.step_limit:
+                if launch.spent():
                     raise self._endless()
                 if self.at is None:
                     index, mask = self._turn()
@@ -632,7 +644,7 @@ class Batch:
         line = self.program.ends[at].line if at < len(self.program.ends) else None
         return self.fault(
             "endless",
-            f"the launch did not end within {self.launch.step_limit:,} steps.",
+            f"the launch did not end within {min(self.launch.steps, self.launch.step_limit):,} steps.",
             "A step is one basic block run by the lanes that wait there. A loop whose condition stays true, "
             "or that waits for a thread which cannot come, has no end.",
             "checking that every lane's loop counter moves, or a higher step_limit for a long kernel.",

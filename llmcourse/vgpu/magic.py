@@ -8,7 +8,8 @@ against the cell's own lines: line 1 is the one with %%cuda, as Jupyter numbers 
 
     %%cuda [name] [--arch sm_80] [--show] [-D TILE=16]… [--names "copy<float>"]… [--option=--use_fast_math]…
 
-`name` also keeps the module under that name; `--show` prints the PTX.
+`name` also keeps the module under that name; `--show` prints the PTX. A cell with the line
+`#error not implemented yet` is not compiled: it defines kernels that say so (see `unwritten`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import shlex
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmcourse.errors import CourseError
+from llmcourse.vgpu.shown import concise
+from llmcourse.vgpu.unwritten import NOT_YET, unwritten
 
 if TYPE_CHECKING:
-    from llmcourse.vgpu.cuda import Module
+    from llmcourse.vgpu.module import Module
 
 
 class MagicError(CourseError, ValueError):
@@ -84,36 +87,37 @@ def callables(module: Module) -> dict[str, Any]:
 
 
 def summary(module: Module) -> str:
-    """One line: the kernels, what they were compiled for, how long their PTX is; then the warnings."""
-    from llmcourse.vgpu import cuda
+    """One line: the kernels, how large they are, and where they will run; then the warnings."""
+    from llmcourse.vgpu import cuda, native
 
     kernels = ", ".join(module.kernels) or "no kernels"
-    instructions = sum(len(k.program.code) for k in module.kernels.values())
-    where = "on the GPU" if cuda.device() == "cuda" else "on the PTX machine"
-    text = f"{kernels}: {instructions} PTX instructions for {module.arch}, run {where}"
+    if cuda.device() == "cuda":
+        arch = native.arch_of(0)
+        registers = ", ".join(str(k.resources(arch).registers) for k in module.kernels.values())
+        text = f"{kernels}: {registers or 0} registers a thread for {arch}, run on the GPU"
+    else:
+        instructions = sum(len(k.program.code) for k in module.kernels.values())
+        text = f"{kernels}: {instructions} PTX instructions for {module.arch}, run on the PTX machine"
     return "\n".join([text, *(f"warning, {w}" for w in module.warnings)])
 
 
 def cuda_magic(line: str, cell: str, namespace: dict[str, Any]) -> None:
     """What %%cuda does, with the namespace that the kernels go into."""
+    if missing := unwritten(cell):
+        namespace.update(missing)
+        print(f"{', '.join(missing)}: {NOT_YET}")
+        return
     try:
         module, given = compile_cell(line, cell)
         text = summary(module)
     except CourseError as error:
-        raise _bare(error).with_traceback(None) from None
+        raise concise(error, calls=False).with_traceback(None) from None
     namespace.update(callables(module))
     if given.name:
         namespace[given.name] = module
     print(text)
     if given.show:
         print(module.ptx)
-
-
-def _bare(error: CourseError) -> CourseError:
-    """The same error, shown by IPython as its three parts alone: the Python above it is not the reader's."""
-    head = f"\x1b[31m{type(error).__name__}\x1b[0m: {error}"
-    error._render_traceback_ = lambda: head.splitlines()  # type: ignore[attr-defined]
-    return error
 
 
 def load_ipython_extension(ipython: Any) -> None:

@@ -44,7 +44,9 @@ def _unpack(type_: str, count: int) -> Form | None:
 
     def split(value: Value) -> tuple[Value, ...]:
         pieces = parts(value, dtype)
-        return tuple(np.ascontiguousarray(pieces[..., i])[()] for i in range(count))
+        if pieces.ndim == 1:
+            return tuple(pieces)
+        return tuple(np.ascontiguousarray(pieces[:, i]) for i in range(count))
 
     return Form(split, (unsigned(type_),), (part,) * count)
 

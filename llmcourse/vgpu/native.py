@@ -19,14 +19,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from llmcourse.errors import MissingPackageError
+from llmcourse.errors import DeviceError, MissingPackageError
 from llmcourse.vgpu import nvrtc
 from llmcourse.vgpu.arguments import Argument
 from llmcourse.vgpu.faults import KernelFault
 
 if TYPE_CHECKING:
-    from llmcourse.vgpu.cuda import Kernel
+    from llmcourse.vgpu.module import Kernel, Module
     from llmcourse.vgpu.launch import Size
 
 OLDEST = (7, 5)
@@ -141,27 +142,68 @@ def launch(
     )
 
 
-_KERNELS: dict[tuple[str, str, int], Any] = {}
+_CODES: WeakKeyDictionary[Module, dict[int, Any]] = WeakKeyDictionary()
+"""The machine code of each module, by device, for as long as the module lives."""
 
 
-def _loaded(kernel: Kernel, gpu: int) -> Any:
-    """The kernel's machine code on a device, as cuda.core's Kernel; loaded once."""
-    key = (kernel.ptx, kernel.entry.name, gpu)
-    if key not in _KERNELS:
+def _code(module: Module, gpu: int) -> Any:
+    """A module's machine code on a device, as cuda.core's ObjectCode; loaded once."""
+    codes = _CODES.setdefault(module, {})
+    if gpu not in codes:
         cuda = core()
         cuda.Device(gpu).set_current()  # torch's own (primary) context
-        module = kernel.module
-        if kernel.source:
+        if module.compiled:
             own = arch_of(gpu)
             arch = module.arch if module.arch[:-1] == own else own  # keeps the a of sm_90a
             compiled = nvrtc.compile_source(
-                kernel.source, arch, options=kernel.options, names=module.names, name=module.name, cubin=True
+                module.source, arch, options=module.options, names=module.names, name=module.name, cubin=True
             )
-            code = cuda.ObjectCode.from_cubin(compiled.cubin)
+            codes[gpu] = cuda.ObjectCode.from_cubin(compiled.cubin)
         else:
-            code = cuda.ObjectCode.from_ptx(kernel.ptx.encode())
-        _KERNELS[key] = code.get_kernel(kernel.entry.name)
-    return _KERNELS[key]
+            codes[gpu] = cuda.ObjectCode.from_ptx(module.ptx.encode())
+        for name, data in module.values.items():
+            write_variable(module, gpu, name, data)
+    return codes[gpu]
+
+
+_KERNELS: WeakKeyDictionary[Kernel, dict[int, Any]] = WeakKeyDictionary()
+
+
+def _loaded(kernel: Kernel, gpu: int) -> Any:
+    """A kernel on a device, as cuda.core's Kernel."""
+    loaded = _KERNELS.setdefault(kernel, {})
+    if gpu not in loaded:
+        code = _code(kernel.module, gpu)
+        try:
+            loaded[gpu] = code.get_kernel(kernel.entry.name)  # loads the module, where nothing has yet
+        except Exception as error:
+            made = ".".join(map(str, nvrtc.version()))
+            raise DeviceError(
+                f"the GPU's driver does not load code made by CUDA {made}: {str(error).splitlines()[0]}.",
+                "A driver runs code of its own CUDA version and of older ones (nvidia-smi names it).",
+                'a newer driver, cuda-bindings and nvidia-cuda-nvrtc of its version, or where="machine".',
+            ) from error
+    return loaded[gpu]
+
+
+def write_variable(module: Module, gpu: int, name: str, data: bytes) -> None:
+    """Copy bytes into a module's variable, in the order of torch's current stream."""
+    import torch
+
+    driver = _driver()
+    with torch.cuda.device(gpu):
+        stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        library = driver.CUlibrary(_handle(_code(module, gpu)))
+        error, address, _ = driver.cuLibraryGetGlobal(library, name.encode())
+        _checked((error,))
+        _checked(driver.cuMemcpyHtoDAsync(address, data, len(data), stream))
+        torch.cuda.current_stream().synchronize()  # `data` must stay until it is copied
+
+
+def write_loaded(module: Module, name: str, data: bytes) -> None:
+    """Copy bytes into a module's variable wherever its code is loaded."""
+    for gpu in _CODES.get(module, {}):
+        write_variable(module, gpu, name, data)
 
 
 def _value(argument: Argument) -> Any:
@@ -232,11 +274,10 @@ def _explained(kernel: str) -> Iterator[None]:
     """CUDA's errors in three parts. After one of these the process's GPU context is lost."""
     try:
         yield
-    except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        lost = any(
-            w in said.lower() for w in ("illegal", "misaligned", "assert", "launch failure", "instruction")
-        )
+    except Exception as error:  # torch and cuda.core each raise a class of their own
+        said = (str(error).splitlines() or [""])[0]
+        words = ("illegal", "misaligned", "assert", "launch failure", "launch_failed")
+        lost = any(w in said.lower() for w in words)
         if not lost:
             raise
         raise KernelFault(
@@ -261,7 +302,7 @@ def _printf(into: _Printed, kernel: Kernel, capturing: bool) -> Iterator[None]:
         return
     import torch
 
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
     torch.cuda.synchronize()
     sys.stdout.flush()
     libc.fflush(None)

@@ -181,7 +181,7 @@ def _compile(
             expression: _checked(nvrtc, nvrtc.nvrtcGetLoweredName(program, expression.encode()))[0].decode()
             for expression in names
         }
-        ptx = _local_names(_text(nvrtc, program, "PTX"))
+        ptx = _source_first(_local_names(_text(nvrtc, program, "PTX")), name)
         binary = _bytes(nvrtc, program, "CUBIN") if cubin else b""
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -224,9 +224,11 @@ def _checked(nvrtc: ModuleType, answer: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _bytes(nvrtc: ModuleType, program: Any, what: str) -> bytes:
     (size,) = _checked(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
-    out = b" " * size  # the binding writes into it
+    # The binding writes into these bytes. They must be ours alone: Python keeps one object for each single
+    # byte, so b" " * 1 would be everyone's space, and would read "\0" ever after.
+    out = bytes(size + 2)
     _checked(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, out))
-    return out
+    return out[:size]
 
 
 def _text(nvrtc: ModuleType, program: Any, what: str) -> str:
@@ -236,6 +238,15 @@ def _text(nvrtc: ModuleType, program: Any, what: str) -> str:
 def _local_names(ptx: str) -> str:
     """The PTX without this machine's folders: `.file 1 "/home/me/cell.cu"` → `.file 1 "cell.cu"`."""
     return re.sub(r'(\.file\s+\d+\s+")[^"]*[/\\]([^"/\\]+")', r"\1\2", ptx)
+
+
+def _source_first(ptx: str, name: str) -> str:
+    """The PTX with the source as file 1, by which the machine knows it from the headers."""
+    found = re.search(rf'\.file\s+(\d+)\s+"{re.escape(re.split(r"[/]", name)[-1])}"', ptx)
+    if found is None or found[1] == "1":
+        return ptx
+    swap = {"1": found[1], found[1]: "1"}
+    return re.sub(r"(\.loc\s+|\.file\s+|inlined_at\s+)(\d+)\b", lambda m: m[1] + swap.get(m[2], m[2]), ptx)
 
 
 def read_resources(log: str) -> dict[str, Resources]:

@@ -6,10 +6,14 @@ parameters of a call). `parse` reads all of it once.
 
 Device functions that the compiler did not inline are inlined here: their parameters become registers, their
 `ret` a branch. Recursion therefore has no translation, and is refused.
+
+The text may come from anybody (labs are graded on the PTX that learners hand in). So reading takes time in
+proportion to the text, what a text may declare is limited (`LIMIT`), and whatever is no PTX is a PtxError.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -41,39 +45,79 @@ from llmcourse.vgpu.isa import (
 
 BUILT_IN_CALLS = ("vprintf", "__assertfail")
 
+LIMIT = 200_000
+"""Instructions, registers, variables, scopes and calls that a module may have in all, inlined code included."""
+LARGEST = 1 << 32
+"""Bytes of a variable."""
+
 NAME = r"[%$\w][\w$.]*"
-_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
+_COMMENT = re.compile(r"/\*.*?(?:\*/|\Z)|//[^\n]*", re.S)
+_BLANKS = re.compile(r"[^\S\n]+")
+_LINE_ENDS = re.compile(r"(?: ?\n ?)+")
 _TARGET = re.compile(r"\.target\s+(\w+)")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _FUNCTION = re.compile(
-    r"(?:\.(?:visible|weak|extern)\s+)*\.(?P<kind>entry|func)\s+(?:\((?P<returns>[^)]*)\)\s*)?"
-    rf"(?P<name>{NAME})\s*(?:\((?P<params>[^)]*)\))?(?P<rest>[^{{;]*)(?P<open>[{{;])"
+    r"\.(?P<kind>entry|func)\s+(?:\((?P<returns>[^(){};]*)\)\s*)?"
+    rf"(?P<name>{NAME})\s*(?:\((?P<params>[^(){{}};]*)\))?(?P<rest>[^{{;]{{0,300}})(?P<open>[{{;])"
 )
 _VARIABLE = re.compile(
     r"(?:\.(?:visible|weak|extern|common)\s+)*\.(?P<space>param|shared|local|const|global)\s+"
     r"(?:\.attribute\s*\([^)]*\)\s*)?(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s+"
     r"(?:\.ptr\s*(?:\.(?:global|shared|const|local)\s*)?)?(?:\.align\s+\d+\s+)?"
-    rf"(?P<name>{NAME})\s*(?P<dims>(?:\[\s*\d*\s*\])*)\s*(?:=\s*(?P<initial>.*))?$",
+    rf"(?P<name>{NAME})\s*(?P<dims>(?:\[\s*(?:\d+\s*)?\])*)\s*(?:=\s*(?P<initial>.*))?$",
     re.S,
 )
 _LOC = re.compile(
-    r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:\s*,\s*function_name\s+[\w$]+(?:\s*\+\s*\d+)?\s*,"
-    r"\s*inlined_at\s+(\d+)\s+(\d+)\s+\d+)?[^\n]*"
+    r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:\s*,\s*function_name\s+[\w$]+(?:\s*\+\s*\d+)?\s*,"
+    r"\s*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?[^\n]*"
 )
 _LINE_DIRECTIVE = re.compile(r"\.(?:loc|file|section)\s")
 _LABEL = re.compile(rf"({NAME})\s*:(?!:)")
 _REGISTERS = re.compile(r"\.reg\s*\.(\w+)\s+(.*)$", re.S)
 _GUARD = re.compile(rf"@(!?)\s*({NAME})\s+")
-_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,\s][^,]*")
+_OPERAND = re.compile(r"\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)|[^,\s][^,]*")
 _TARGETS = re.compile(r"\.branchtargets\s+(.*)$", re.S)
 
 
-def parse(text: str) -> Module:
-    """Read a PTX module.
+def parse(text: str, limit: int = LIMIT) -> Module:
+    """Read a PTX module. `limit` is the size beyond which it is refused (see `LIMIT`).
 
     Raises   PtxError for text that is not PTX of one 64-bit module, or uses what the machine has not.
     """
-    text = _COMMENT.sub("", text)
+    try:
+        return _parse(text, Room(limit))
+    except PtxError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:80]}".rstrip(": ")
+    except RecursionError:
+        reason = "operands or calls within each other, too deep"
+    raise PtxError(
+        f"this text is not PTX as the compiler writes it ({reason}).",
+        "A statement has a form that none of the instruction set's has.",
+        "the text that llmcourse.vgpu.cuda.compile(source) makes (its attribute ptx).",
+    )
+
+
+class Room:
+    """What a module may still declare."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = self.left = limit
+
+    def take(self, count: int = 1) -> None:
+        """Raises   PtxError when there is no more."""
+        self.left -= count
+        if self.left < 0:
+            raise PtxError(
+                f"this PTX has more than {self.limit:,} instructions, registers and variables.",
+                "Each of them takes the machine memory and time, and no kernel of that size is expected.",
+                "a kernel with less unrolling and fewer inlined calls.",
+            )
+
+
+def _parse(text: str, room: Room) -> Module:
+    text = _LINE_ENDS.sub("\n", _BLANKS.sub(" ", _COMMENT.sub("", text)))
     target = _TARGET.search(text)
     if target is None:
         raise PtxError(
@@ -86,10 +130,11 @@ def parse(text: str) -> Module:
     variables: dict[str, Variable] = {}
     for statement in outside:
         if (found := _VARIABLE.match(statement)) is not None:
+            room.take()
             variable = _variable(found)
             variables[variable.name] = variable
     kernels = {
-        name: _kernel(function, functions, variables, files)
+        name: _kernel(function, functions, variables, files, room)
         for name, function in functions.items()
         if function.kind == "entry"
     }
@@ -126,12 +171,12 @@ def _split(text: str) -> tuple[dict[str, _Function], list[str]]:
             _parameters(found["returns"]),
             _parameters(found["params"]),
             text[at:end],
-            int(np.prod([int(n) for n in limit.groups() if n])) if limit else None,
+            math.prod(int(n) for n in limit.groups() if n) if limit else None,
         )
         at = end + 1
     outside += [s.strip() for s in text[at:].split(";")]
     # A directive without `;` (.version, .file …) stands before the declaration that follows it.
-    starts = re.compile(r"(?:\.(?:visible|weak|extern|common)\s+)*\.(?:const|global|shared)\s")
+    starts = re.compile(r"\.(?:const|global|shared)\s")
     return functions, [s[m.start() :] for s in outside if (m := starts.search(s))]
 
 
@@ -159,8 +204,14 @@ def _parameters(text: str | None) -> list[Variable]:
 def _variable(found: re.Match[str]) -> Variable:
     kind, dims = found["type"], re.findall(r"\[\s*(\d*)\s*\]", found["dims"] or "")
     size = DTYPES[kind].itemsize if kind in DTYPES else 8
-    count = int(np.prod([int(d or 0) for d in dims])) if dims else 1
+    count = math.prod(int(d or 0) for d in dims)
     align = int(found["align"] or size)
+    if count * size > LARGEST or not 0 < align <= LARGEST or align & (align - 1):
+        raise PtxError(
+            f"the variable {found['name'][:80]} has {count * size:,} bytes on multiples of {align:,}.",
+            f"A variable has at most {LARGEST:,} bytes, and its alignment is a power of two.",
+            "a smaller array.",
+        )
     initial = _initial(found["initial"], kind, size) if found["initial"] else b""
     return Variable(found["name"], found["space"], align, count * size, initial, kind)
 
@@ -215,6 +266,7 @@ class _Builder:
     module_variables: dict[str, Variable]
     files: dict[int, str]
     kernel_parameters: dict[str, Variable]
+    room: Room
     registers: dict[str, str] = field(default_factory=dict)
     variables: dict[str, Variable] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
@@ -223,6 +275,8 @@ class _Builder:
     scopes: int = 0
     calls: int = 0
     active: tuple[str, ...] = ()
+    places: dict[tuple[str, str, str], SourceLine] = field(default_factory=dict)
+    """File, line and column of each .loc read so far, as the line that it names."""
 
     def body(self, function: _Function, call: _Call | None) -> None:
         """Read the statements of a function, `call` saying how it was inlined (None: the kernel itself)."""
@@ -238,6 +292,7 @@ class _Builder:
             )
         self.active += (function.name,)
         for kind, text in _statements(function.body):
+            self.room.take(kind != "loc")
             if kind == "loc":
                 line = self._location(text) or line
             elif kind == "open":
@@ -263,9 +318,13 @@ class _Builder:
         if found is None or found[2] == "0":
             return None
         outer = None
-        if found[3]:
-            outer = SourceLine(self.files.get(int(found[3]), found[3]), int(found[4]))
-        return SourceLine(self.files.get(int(found[1]), found[1]), int(found[2]), outer)
+        if found[4]:
+            # The call itself may have been inlined: its own .loc, with its caller, stands above.
+            call = (found[4], found[5], found[6])
+            outer = self.places.get(call) or SourceLine(self.files.get(int(call[0]), call[0]), int(call[1]))
+        line = SourceLine(self.files.get(int(found[1]), found[1]), int(found[2]), outer)
+        self.places[found[1], found[2], found[3]] = line
+        return line
 
     def _unique(self, name: str, names: list[dict[str, str]], prefix: str) -> str:
         unique = prefix + (f"{{{self.scopes}}}{name}" if len(names) > 1 else name)
@@ -277,7 +336,9 @@ class _Builder:
         assert found is not None
         kind = {"f16": "b16", "bf16": "b16", "f16x2": "b32", "bf16x2": "b32"}.get(found[1], found[1])
         for name in (n.strip() for n in found[2].split(",")):
+            self.room.take()
             if (many := re.fullmatch(r"(.+)<(\d+)>", name)) is not None:
+                self.room.take(int(many[2]))
                 for i in range(int(many[2])):
                     self.registers[self._unique(f"{many[1]}{i}", names, prefix)] = kind
             else:
@@ -485,9 +546,17 @@ def _kernel(
     functions: dict[str, _Function],
     variables: dict[str, Variable],
     files: dict[int, str],
+    room: Room,
 ) -> Kernel:
-    builder = _Builder(functions, variables, files, {p.name: p for p in function.params})
+    builder = _Builder(functions, variables, files, {p.name: p for p in function.params}, room)
     builder.body(function, None)
+    wanted = {o.name for i in builder.code for o in i.operands if isinstance(o, Label)}
+    if missing := wanted - builder.labels.keys():
+        raise PtxError(
+            f"{function.name} branches to {min(missing)[:80]}, which it does not have.",
+            "A branch leads to a label of the same function.",
+            "compiling the source again: the text was changed.",
+        )
     if not builder.code or builder.code[-1].opcode != "ret" or len(builder.code) in builder.labels.values():
         builder.code.append(Instruction("ret", (), (), None, None, "ret"))
     return Kernel(

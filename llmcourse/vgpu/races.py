@@ -107,11 +107,11 @@ class SharedMonitor:
             key = (kind, pattern.serial, offset, size, epoch if isinstance(epoch, int) else id(epoch))
             if key in self._logged:
                 return
-            self._logged.add(key)
             if not (kind == "atomic" and "exch" in instruction.modifiers):
                 missing = self._written.missing(pattern, offset, size)
                 if missing is not None:
                     raise self._uninitialised(kind, *missing, size, instruction)
+            self._logged.add(key)
         if kind != "load":
             self._writes = True
             self._written.mark(pattern, offset, size)
@@ -462,10 +462,10 @@ class _Patterns:
         model = address[group.model]
         same: np.ndarray = group.alike
         if len(model) and not scalar:
-            rows = np.flatnonzero(same)
-            at = group.cuts[rows][:, None] + np.arange(len(model))
+            candidates = np.flatnonzero(same)
+            at = group.cuts[candidates][:, None] + np.arange(len(model))
             same = same.copy()
-            same[rows] = (address[at] == model).all(axis=1)
+            same[candidates] = (address[at] == model).all(axis=1)
         if same.all():
             return _Pattern(self.blocks, group.thread[group.model], model)
         rest = ~same[group.block]

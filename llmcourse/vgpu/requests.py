@@ -54,21 +54,69 @@ def most_equal(rows: np.ndarray) -> int:
     return int((position - start + 1).max(axis=1).sum())
 
 
-def wavefronts(rows: np.ndarray, size: int) -> tuple[int, int]:
+def atomic_sectors(address: np.ndarray, lanes: np.ndarray | None) -> int:
+    """Sectors that atomic requests visit: each as often as lanes queue for its most wanted word.
+
+    Takes the active lanes' addresses in bytes, and their numbers as `rows_of` does.
+    """
+    warp = np.arange(len(address)) // WARP_SIZE if lanes is None else lanes // WARP_SIZE
+    order = np.lexsort((address, warp))
+    warp, address = warp[order], address[order]
+    new = np.ones(len(address), bool)
+    new[1:] = (warp[1:] != warp[:-1]) | (address[1:] != address[:-1])
+    starts = np.flatnonzero(new)
+    queue = np.diff(np.append(starts, len(address)))
+    warp, sector = warp[starts], address[starts] >> _SECTOR_SHIFT
+    first = np.ones(len(starts), bool)
+    first[1:] = (warp[1:] != warp[:-1]) | (sector[1:] != sector[:-1])
+    return int(np.maximum.reduceat(queue, np.flatnonzero(first)).sum())
+
+
+def wavefronts(rows: np.ndarray, size: int, active: np.ndarray | None = None) -> tuple[int, int]:
     """(wavefronts, bank conflicts) of requests to shared memory that want `size` bytes a lane.
 
+    active   bool [requests, 32]; None if every lane takes part
+
     A wavefront serves each bank once: one 4-byte word, to every lane that wants it. 8-byte accesses go by
-    half warps and 16-byte ones by quarter warps, so that conflict-free they need 2 and 4 wavefronts; what
-    a request needs beyond that counts as conflicts.
+    half warps and 16-byte ones by quarter warps, unless two of these can share a wavefront: they do if every
+    lane wants what its neighbour wants, the next one or the next but one (found by measuring, on Volta and
+    later; equal to Nsight Compute's counts for this course's kernels). Wavefronts beyond one for each part
+    are the conflicts.
     """
-    parts = max(1, size // 4)
-    words = (rows >> 2).reshape(-1, WARP_SIZE // parts)
-    passes = _busiest_bank(words)
-    return passes, passes - len(rows) * parts
+    if size <= 4:
+        passes = _busiest_bank(rows >> 2)
+        return passes, passes - len(rows)
+    unit = WARP_SIZE if size == 8 else WARP_SIZE // 2
+    words = (rows >> 2).reshape(-1, unit)
+    takes = np.ones(words.shape, bool) if active is None else active.reshape(-1, unit)
+    some = takes.any(axis=1)
+    words, takes = words[some], takes[some]
+    merged = _like_neighbour(words, takes, 1) | _like_neighbour(words, takes, 2)
+    parts, part_takes = words[~merged].reshape(-1, unit // 2), takes[~merged].reshape(-1, unit // 2)
+    some = part_takes.any(axis=1)
+    parts, part_takes = parts[some], part_takes[some]
+    passes = _busiest_bank(_only(words[merged], takes[merged])) + _busiest_bank(_only(parts, part_takes))
+    return passes, passes - int(np.count_nonzero(merged)) - len(parts)
+
+
+def _like_neighbour(words: np.ndarray, takes: np.ndarray, distance: int) -> np.ndarray:
+    """bool [rows]: every lane wants the same as the lane whose number differs in one bit, if both take part."""
+    other = np.arange(words.shape[1]) ^ distance
+    return ((words == words[:, other]) | ~takes | ~takes[:, other]).all(axis=1)
+
+
+def _only(words: np.ndarray, takes: np.ndarray) -> np.ndarray:
+    """Lanes that take no part repeat what their row's first active lane wants."""
+    if not len(words) or takes.all():
+        return words
+    first = np.take_along_axis(words, takes.argmax(axis=1)[:, None], axis=1)
+    return np.where(takes, words, first)
 
 
 def _busiest_bank(words: np.ndarray) -> int:
     """For each row the most distinct words that any bank must give, summed."""
+    if not len(words):
+        return 0
     step = words[:, 1:] - words[:, :-1]
     simple = (
         ((step == 0) | (step == step[:, :1]) & (step == 1)).all(axis=1)

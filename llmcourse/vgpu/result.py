@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from llmcourse.errors import CourseError
 from llmcourse.vgpu.arguments import Argument
 from llmcourse.vgpu.counters import NCU_NAMES, Counters
+from llmcourse.vgpu.shown import for_readers
 
 if TYPE_CHECKING:
     from llmcourse.notebook import Table
     from llmcourse.vgpu.annotate import Annotated
-    from llmcourse.vgpu.cuda import Kernel
+    from llmcourse.vgpu.module import Kernel
     from llmcourse.vgpu.launch import Size
     from llmcourse.vgpu.native import NativeRun
 
@@ -68,14 +69,15 @@ class Result:
         seconds = self.seconds
         return None if seconds is None else 1e3 * seconds
 
+    @for_readers
     def annotated(
-        self, columns: Sequence[str] | None = None, *, heat: str | None = None, whole: bool = True
+        self, columns: Sequence[str] | None = None, *, heat: str | None = None, whole: bool | None = None
     ) -> Annotated:
         """The source with counters beside each line, the hottest lines shaded; HTML in Jupyter, else text.
 
         columns   names from `annotate.COLUMNS` or of any counter; None for those that say something here
         heat      the column that is shaded; None for the first
-        whole     False leaves out lines without counters, but for one around each line with some
+        whole     False leaves out stretches of lines without counters; None does in a source of over 40 lines
 
         Raises   NoCountersError after a launch on a GPU without counters=True.
         """
@@ -85,6 +87,7 @@ class Result:
         title = f"{self.kernel.name}[{_short(self.grid)}, {_short(self.block)}]"
         return Annotated(self.kernel.source, counters, columns=columns, heat=heat, whole=whole, title=title)
 
+    @for_readers
     def table(self, *, zeros: bool = False) -> Table:
         """All totals, under our names and under Nsight Compute's. `zeros` also shows what did not occur."""
         from llmcourse.notebook import Table
@@ -128,7 +131,7 @@ def _summary(counters: Counters) -> str:
     """The counts that are read first, in two or three lines."""
     total = counters.total
     out = [
-        f"  {total['instructions']:,} warp instructions, "
+        f"  {_count(total['instructions'], 'warp instruction')}, "
         f"{counters.active_threads:.1f} of 32 threads active on average"
     ]
     for kind in ("load", "store"):
@@ -136,13 +139,18 @@ def _summary(counters: Counters) -> str:
         if requests:
             sectors = total[f"global_{kind}_sectors"]
             out.append(
-                f"  global {kind}s: {requests:,} requests, {sectors:,} sectors "
+                f"  global {kind}s: {_count(requests, 'request')}, {_count(sectors, 'sector')} "
                 f"({sectors / requests:.2f} a request), {total[f'global_{kind}_bytes']:,} bytes asked for"
             )
     shared = sum(total[f"shared_{k}_requests"] for k in ("load", "store", "atomic"))
     if shared:
-        out.append(f"  shared memory: {shared:,} requests, {counters.bank_conflicts:,} bank conflicts")
+        conflicts = _count(counters.bank_conflicts, "bank conflict")
+        out.append(f"  shared memory: {_count(shared, 'request')}, {conflicts}")
     return "\n".join(out)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _short(size: Size) -> str:

@@ -129,6 +129,10 @@ def sum_excess(total: Value, error: Value) -> Value:
     return np.where(np.isinf(total), np.float64(1), np.where(total < 0, error, -error))[()]
 
 
+_INFINITY = Fraction(2) ** 5000
+"""Larger than any result of one operation on finite float64 numbers."""
+
+
 def rational_excess(rounded: Value, difference: Callable[..., Fraction], *operands: Value) -> Value:
     """`excess` for `stepped`, lane by lane in rational arithmetic: exact, and slow (10 µs a lane).
 
@@ -140,9 +144,7 @@ def rational_excess(rounded: Value, difference: Callable[..., Fraction], *operan
         result, *numbers = (float(lane[at]) for lane in lanes)
         if np.isnan(result) or not all(map(np.isfinite, numbers)):
             continue
-        if np.isinf(result):
-            excess[at] = 1  # beyond the largest number
-        else:
-            sign = difference(abs(Fraction(result)), *map(Fraction, numbers))
-            excess[at] = (sign > 0) - (sign < 0)
+        size = _INFINITY if np.isinf(result) else abs(Fraction(result))
+        sign = difference(size, *map(Fraction, numbers))
+        excess[at] = (sign > 0) - (sign < 0)
     return excess[()]

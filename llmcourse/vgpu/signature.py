@@ -251,7 +251,7 @@ class Entry:
     max_threads: int | None
 
 
-_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?\s*((?:\.\w+[^{;]*)?)[{;]")
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^(){};]*)\))?\s*((?:\.\w+[^{;]{0,300})?)[{;]")
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+[^,]*?)?([\w$]+)\s*(?:\[(\d+)\])?\s*$"
 )

@@ -27,6 +27,29 @@ def spread(values: tuple[Value, ...]) -> tuple[Value, ...]:
     return tuple(v if isinstance(v, np.ndarray) else np.full(n, v) for v in values)
 
 
+PIECE = 32768
+"""Lanes at a time: up to here PyTorch stays on the calling thread, and temporary arrays in the cache."""
+
+
+def in_pieces(function: Callable[..., Value]) -> Callable[..., Value]:
+    """`function` of values lane by lane, made to work on `PIECE` lanes at a time."""
+
+    def apply(*values: Value) -> Value:
+        count = max((len(v) for v in values if isinstance(v, np.ndarray)), default=0)
+        if count <= PIECE:
+            return function(*values)
+        out = None
+        for start in range(0, count, PIECE):
+            piece = slice(start, start + PIECE)
+            part = function(*(v[piece] if isinstance(v, np.ndarray) else v for v in values))
+            if out is None:
+                out = np.empty(count, part.dtype)
+            out[piece] = part
+        return out
+
+    return apply
+
+
 def select(condition: Value, a: Value, b: Value) -> Value:
     """a where the condition holds, b elsewhere; a and b of one dtype.
 
@@ -84,4 +107,5 @@ def joined(lower: Value, upper: Value) -> Value:
     size = lower.dtype.itemsize
     wide = np.dtype(f"u{2 * size}")
     out = upper.view(f"u{size}").astype(wide) << wide.type(8 * size)
-    return out | lower.view(f"u{size}").astype(wide)
+    out |= lower.view(f"u{size}").astype(wide)
+    return out

@@ -101,7 +101,8 @@ def test_every_line_of_the_source_is_there_and_none_is_moved() -> None:
 
 def test_the_columns_of_text_are_aligned() -> None:
     lines = repr(Annotated(SOURCE, counted(LINES), columns=list(COLUMNS))).splitlines()
-    assert len({line.index("│") for line in lines}) == 1
+    assert len({line.index("│") for line in lines[1:]}) == 1
+    assert lines[0].index("instructions") + len("instructions ▾") == lines[4].index("160") + 3
 
 
 def test_columns_that_say_nothing_are_left_out_unless_asked_for() -> None:
@@ -132,6 +133,12 @@ def test_stretches_without_counts_can_be_left_out() -> None:
     assert numbers == ["1", "2", "3", "…", "7", "8", "9"]
 
 
+def test_a_long_source_is_shortened_by_itself() -> None:
+    long = SOURCE + "// more\n" * 60
+    assert "more" not in repr(Annotated(long, counted(LINES)))
+    assert repr(Annotated(long, counted(LINES), whole=True)).count("more") == 60
+
+
 def test_counts_of_no_line_are_shown_apart() -> None:
     shown = Annotated(
         SOURCE, counted({2: {"instructions": 3}, 0: {"instructions": 4}, 99: {"instructions": 5}})
@@ -151,9 +158,9 @@ def test_the_source_cannot_inject_html() -> None:
 def test_html_loads_nothing_and_names_no_colour_of_text() -> None:
     rows = Rows(Annotated(SOURCE, counted(LINES))._repr_html_())
     assert not [n for n, _ in rows.attributes if n in ("src", "href") or n.startswith("on")]
-    styles = " ".join(v or "" for n, v in rows.attributes if n == "style")
+    styles = ";".join(v or "" for n, v in rows.attributes if n == "style")
     assert "url(" not in styles
-    assert not re.search(r"(?<!-)\bcolor:", styles)
+    assert set(re.findall(r"(?<!-)\bcolor:([^;]*)", styles)) == {"inherit"}
 
 
 def contrast(text: tuple[float, ...], background: tuple[float, ...]) -> float:

@@ -247,7 +247,30 @@ def test_missing_headers_are_named(monkeypatch, tmp_path) -> None:
     assert headers.missing() == []
     (tmp_path / "cuda_fp16.h").touch()
     monkeypatch.setattr(headers, "include_folders", lambda: (str(tmp_path),))
-    assert headers.missing() == ["mma.h"]
+    assert headers.missing() == ["mma.h", "crt/mma.hpp"]
+
+
+def test_a_toolkit_completes_wheels_that_lack_headers(monkeypatch, tmp_path) -> None:
+    """PyTorch's CUDA wheels bring the runtime's headers and not those of nvidia-cuda-crt."""
+    wheels, toolkit = tmp_path / "site" / "nvidia" / "cu13" / "include", tmp_path / "cuda" / "include"
+    for folder, names in ((wheels, ["cuda_fp16.h", "mma.h"]), (toolkit, ["mma.h", "crt/mma.hpp"])):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    monkeypatch.setenv("CUDA_HOME", str(toolkit.parent))
+    found = headers.include_folders.__wrapped__()
+    assert found[:2] == (str(wheels), str(toolkit))
+    (wheels / "crt").mkdir()
+    (wheels / "crt" / "mma.hpp").touch()
+    assert headers.include_folders.__wrapped__() == (str(wheels),)
+
+
+def test_an_empty_log_does_not_overwrite_pythons_own_bytes() -> None:
+    """NVRTC's binding writes into a bytes object; for a log of one byte that was the shared b" "."""
+    nvrtc._compile.cache_clear()
+    assert nvrtc.compile_source(TWICE).log.strip() == ""
+    assert [bytes([i])[0] for i in range(256)] == list(range(256))
 
 
 def test_the_package_is_imported_without_the_compiler() -> None:

@@ -1,5 +1,7 @@
 """Sectors and wavefronts against a count by sets, one lane at a time."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,14 +18,31 @@ def counted_sectors(addresses, lanes):
 
 
 def counted_wavefronts(addresses, lanes, size):
-    """Each part of a warp (all, halves or quarters) needs as many passes as its busiest bank has words."""
-    parts = max(1, size // 4)
-    by_part = {}
-    for address, lane in zip(addresses, lanes, strict=True):
-        words = by_part.setdefault(lane // (32 // parts), {})
-        for word in range(address // 4, -(-(address + size) // 4)):
-            words.setdefault(word % 32, set()).add(word)
-    return sum(max(len(words) for words in part.values()) for part in by_part.values())
+    """(passes, passes without any conflict), one lane at a time.
+
+    A warp goes as one for up to 4 bytes a lane, by halves for 8, by quarters for 16; two neighbouring parts
+    go together if every lane wants what the lane beside it wants, or every lane what the next but one does.
+    """
+    asked = dict(zip(map(int, lanes), map(int, addresses), strict=True))
+    unit = {8: 32, 16: 16}.get(size, 32)
+    passes = parts = 0
+    for start in range(0, max(asked) + 1, unit):
+        group = {lane: a for lane, a in asked.items() if start <= lane < start + unit}
+        pieces = [group]
+        together = any(
+            all(group.get(lane ^ d, address) == address for lane, address in group.items()) for d in (1, 2)
+        )
+        if size > 4 and not together:
+            middle = start + unit // 2
+            pieces = [{k: v for k, v in group.items() if (k < middle) == low} for low in (True, False)]
+        for piece in pieces:
+            banks = {}
+            for address in piece.values():
+                for word in range(address // 4, -(-(address + size) // 4)):
+                    banks.setdefault(word % 32, set()).add(word)
+            passes += max(map(len, banks.values()), default=0)
+            parts += bool(piece)
+    return passes, parts
 
 
 @st.composite
@@ -59,21 +78,28 @@ def test_sectors_are_the_distinct_32_byte_pieces_of_each_warp(case):
 
 @given(access())
 def test_wavefronts_are_the_passes_of_the_busiest_bank(case):
-    address, _, size = case
-    lanes = np.arange(len(address))
-    passes, conflicts = requests.wavefronts(requests.rows_of(address, None), size)
-    assert passes == counted_wavefronts(address, lanes, size)
-    assert conflicts == passes - len(address) // 32 * max(1, size // 4)
+    address, mask, size = case
+    lanes = np.flatnonzero(mask)
+    rows = requests.rows_of(address[mask], None if mask.all() else lanes)
+    active = mask.reshape(-1, 32)
+    active = None if mask.all() else active[active.any(axis=1)]
+    passes, conflicts = requests.wavefronts(rows, size, active)
+    expected, parts = counted_wavefronts(address[mask], lanes, size)
+    assert (passes, conflicts) == (expected, expected - parts)
 
 
 @given(access())
-def test_lanes_that_take_no_part_add_no_wavefront(case):
-    address, mask, size = case
-    if size > 4:
-        return
+def test_atomics_visit_a_sector_as_often_as_its_busiest_word_is_wanted(case):
+    address, mask, _ = case
     lanes = np.flatnonzero(mask)
-    passes, _ = requests.wavefronts(requests.rows_of(address[mask], lanes), size)
-    assert passes == counted_wavefronts(address[mask], lanes, size)
+    visits = 0
+    for warp in set(lanes // 32):
+        wanted = Counter(address[lanes[lanes // 32 == warp]].tolist())
+        by_sector = {}
+        for word, count in wanted.items():
+            by_sector[word // 32] = max(by_sector.get(word // 32, 0), count)
+        visits += sum(by_sector.values())
+    assert requests.atomic_sectors(address[mask], None if mask.all() else lanes) == visits
 
 
 @pytest.mark.parametrize(
