@@ -212,43 +212,26 @@ def _has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def compile_ptx(source: str, arch: str = "compute_75") -> str:
-    """Compile CUDA C++ to PTX through NVRTC, which needs neither a driver nor a GPU.
-
-    Raises   ImportError where cuda-bindings is absent; RuntimeError with NVRTC's own words else.
-    """
-    from cuda.bindings import nvrtc
-
-    def checked(result: tuple) -> list:
-        error, *values = result
-        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise RuntimeError(f"NVRTC answered {error.name}")
-        return values
-
-    (program,) = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
-    checked(nvrtc.nvrtcCompileProgram(program, 1, [f"--gpu-architecture={arch}".encode()]))
-    (size,) = checked(nvrtc.nvrtcGetPTXSize(program))
-    ptx = b" " * size
-    checked(nvrtc.nvrtcGetPTX(program, ptx))
-    checked(nvrtc.nvrtcDestroyProgram(program))
-    return ptx.decode().rstrip("\0")
-
-
 def _nvrtc() -> Check:
     numbers = _numbers("gpu_architecture", "memory_hierarchy", "triton_kernels")
     means = f"CUDA C++ cells can be read but not run: {_say(numbers)}."
     do = "Linux, Windows or Colab: NVIDIA makes no NVRTC for macOS" if sys.platform == "darwin" else INSTALL
     if reason := _load("cuda.bindings.nvrtc"):
         return Check("nvrtc", "warn", reason, means, do, numbers)
+    from llmcourse.vgpu import headers, nvrtc
+
     try:
-        ptx = compile_ptx(KERNEL)
+        ptx = nvrtc.compile_source(KERNEL).ptx
+        major, minor = nvrtc.version()
     except Exception as error:  # cuda-bindings looks for the library only when it is first called
         return Check("nvrtc", "warn", f"does not compile: {error}", means, do, numbers)
-    from cuda.bindings import nvrtc
-
-    _, major, minor = nvrtc.nvrtcVersion()
     instructions = sum(line.strip().endswith(";") for line in ptx.splitlines())
-    return Check("nvrtc", "ok", f"{major}.{minor}, compiled a test kernel to {instructions} lines of PTX")
+    found = f"{major}.{minor}, compiled a test kernel to {instructions} lines of PTX"
+    if absent := headers.missing():
+        means = f"CUDA C++ without {', '.join(absent)}: half precision and tensor cores do not compile."
+        do = "pip install nvidia-cuda-runtime nvidia-cuda-crt"
+        return Check("nvrtc", "warn", found, means, do, numbers)
+    return Check("nvrtc", "ok", found)
 
 
 def _jupyter() -> Check:

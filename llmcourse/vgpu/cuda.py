@@ -209,14 +209,16 @@ def _on_machine(
             names=names,
         )
     except KernelFault as fault:
-        raise _shown(fault, kernel.source).with_traceback(None) from None
+        raise _shown(fault, kernel.module).with_traceback(None) from None
 
 
-def _shown(fault: KernelFault, source: str) -> KernelFault:
-    """The same fault with the text of its line."""
-    lines = source.splitlines()
-    if fault.line is not None and 0 < fault.line.line <= len(lines):
-        number = fault.line.line
+def _shown(fault: KernelFault, module: Module) -> KernelFault:
+    """The same fault with the text of the source's line: in a header's code, of the line that called it."""
+    line, lines = fault.line, module.source.splitlines()
+    while line is not None and line.file != module.name:
+        line = line.inlined_at
+    if line is not None and 0 < line.line <= len(lines):
+        number = line.line
         fault.what += f"\n    {number} │ {lines[number - 1].strip()}"
         fault.args = (f"{fault.what}\n  {fault.why}\n  Try {fault.fix}",)
     return fault
@@ -256,7 +258,7 @@ def _tell_autograd(bound: Sequence[Argument]) -> None:
 
 
 def device() -> str:
-    """ "cuda" where kernels run on a GPU, "cpu" where the machine runs them: for torch's `device=`."""
+    """Where kernels run, for torch's `device=`: "cuda" on a GPU, "cpu" where the machine runs them."""
     return "cuda" if native.available() else "cpu"
 
 

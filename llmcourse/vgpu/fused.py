@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmcourse.vgpu.rounding import narrowed, odd_sum, two_sum
-from llmcourse.vgpu.vector import Value, in_pieces, is_scalar, spread
+from llmcourse.vgpu.vector import PIECE, Value, is_scalar, spread
 
 
 def fma_f32(a: Value, b: Value, c: Value) -> Value:
@@ -66,11 +66,13 @@ def fma_f64_by_parts(a: Value, b: Value, c: Value) -> Value:
     inner, inner_low = two_sum(c, low)
     outer, outer_low = two_sum(high, inner)
     result = outer + odd_sum(inner_low, outer_low)
-    safe = np.abs(high)
-    doubtful = ~(
-        (safe > 1e-250) & (safe < 1e250) & (np.abs(c) < 1e250) & (np.abs(a) < 1e250) & (np.abs(b) < 1e250)
-    )
-    for at in np.flatnonzero(doubtful):
+    nothing = (a == 0) | (b == 0)
+    result[nothing] = naive[nothing]
+    size = np.abs(high)
+    safe = (size > 1e-250) & (size < 1e250)
+    for x in (a, b, c):
+        safe &= np.abs(x) < 1e250
+    for at in np.flatnonzero(~safe & ~nothing):
         result[at] = _rational_fma(a[at], b[at], c[at], naive[at])
     return result
 
@@ -121,9 +123,15 @@ def _addcmul_of(torch: Any) -> Callable[[Value, Value, Value], np.ndarray]:
 
     def run(a: Value, b: Value, c: Value) -> np.ndarray:
         a, b, c = (x if x.flags.writeable else x.copy() for x in spread((a, b, c)))
-        return torch.addcmul(tensor(c), tensor(a), tensor(b)).numpy()
+        if len(a) <= PIECE:
+            return torch.addcmul(tensor(c), tensor(a), tensor(b)).numpy()
+        out = np.empty(len(a), a.dtype)
+        for start in range(0, len(a), PIECE):
+            piece = slice(start, start + PIECE)
+            torch.addcmul(tensor(c[piece]), tensor(a[piece]), tensor(b[piece]), out=tensor(out[piece]))
+        return out
 
-    return in_pieces(run)
+    return run
 
 
 def _is_fused(run: Callable[[Value, Value, Value], np.ndarray], dtype: np.dtype) -> bool:

@@ -246,7 +246,7 @@ class Kernel:
         return self.module.arch
 
     def as_text(self) -> dict[str, str]:
-        """All that running it takes, as plain text: `name` of the entry in `ptx`; `source` to show its lines."""
+        """All that running it takes, as plain text: its name in `ptx`, and `source` to show its lines."""
         return {"name": self.entry.name, "ptx": self.ptx, "source": self.source}
 
     @cached_property

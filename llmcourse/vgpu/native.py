@@ -27,8 +27,8 @@ from llmcourse.vgpu.arguments import Argument
 from llmcourse.vgpu.faults import KernelFault
 
 if TYPE_CHECKING:
-    from llmcourse.vgpu.module import Kernel, Module
     from llmcourse.vgpu.launch import Size
+    from llmcourse.vgpu.module import Kernel, Module
 
 OLDEST = (7, 5)
 """NVRTC 13 compiles for compute capability 7.5 and newer."""

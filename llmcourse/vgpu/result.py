@@ -13,8 +13,8 @@ from llmcourse.vgpu.shown import for_readers
 if TYPE_CHECKING:
     from llmcourse.notebook import Table
     from llmcourse.vgpu.annotate import Annotated
-    from llmcourse.vgpu.module import Kernel
     from llmcourse.vgpu.launch import Size
+    from llmcourse.vgpu.module import Kernel
     from llmcourse.vgpu.native import NativeRun
 
 

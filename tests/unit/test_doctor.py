@@ -107,13 +107,21 @@ def test_it_is_quick(llmcourse: Run) -> None:
     assert seconds() - before < 5
 
 
-def test_nvrtc_compiles_a_kernel_to_ptx_that_names_it() -> None:
+def test_nvrtc_compiles_and_finds_its_headers() -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    ptx = doctor.compile_ptx(doctor.KERNEL)
-    assert ".target sm_75" in ptx
-    assert ".visible .entry twice(" in ptx
-    with pytest.raises(RuntimeError, match="COMPILATION"):
-        doctor.compile_ptx("__global__ void broken( {")
+    check = doctor._nvrtc()
+    assert check.status == "ok"
+    assert "compiled a test kernel" in check.found
+
+
+def test_a_missing_header_is_a_warning_that_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from llmcourse.vgpu import headers
+
+    monkeypatch.setattr(headers, "missing", lambda: ["crt/mma.hpp"])
+    check = doctor._nvrtc()
+    assert (check.status, check.do) == ("warn", "pip install nvidia-cuda-runtime nvidia-cuda-crt")
+    assert "crt/mma.hpp" in check.means
 
 
 def test_a_broken_package_is_told_from_an_absent_one(tmp_path: Path, run_python: Run) -> None:

@@ -385,7 +385,7 @@ def test_a_block_that_has_ended_does_not_hold_up_the_others():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_forgetting_repeated_accesses_of_unlike_blocks_forgets_no_race(seed, monkeypatch):
-    monkeypatch.setattr(races, "CHUNK", 300)
+    monkeypatch.setattr(races, "CHUNK", 40)
     rng = np.random.default_rng(seed)
     verdicts = set()
     for _ in range(25):
