@@ -17,7 +17,11 @@ from llmcourse.errors import UnknownNameError
 BENCHMARKS = {
     "ceilings": "copy bandwidth and matrix FLOP/s of this machine",
     "engine_start": "notebook 00's ladder of the engine, beside transformers",
+    "kernels": "the memory-bound kernels beside torch.compile and a copy of as many bytes",
+    "matmul": "the ladder of matrix products in bf16, fp16 and fp8, beside cuBLAS",
+    "streams": "stream programs, CUDA graphs and input loaders, with the constants that predict them",
 }
+GPU_ONLY = {"streams"}
 
 __all__ = ["BENCHMARKS", "FOLDER", "Record", "all_records", "command", "new_record", "recorded", "save"]
 
@@ -44,6 +48,9 @@ def command(names: Sequence[str], *, device: str, out: Path | None, list_only: b
 
     kind = resolve_device(device).type
     for name in names or BENCHMARKS:
+        if not names and kind == "cpu" and name in GPU_ONLY:
+            console.print(f"\n[bold]{name}[/]: left out, it needs a GPU")
+            continue
         rows, notes = import_module(f"llmcourse.bench.{name}").run(kind)
         record = new_record(name, kind, rows, notes)
         console.print(f"\n[bold]{name}[/]: {record.device['name']}, torch {record.versions['torch']}")
@@ -56,7 +63,12 @@ def command(names: Sequence[str], *, device: str, out: Path | None, list_only: b
 
 
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table: numbers and short texts; lists and whole programs are left to the record."""
     from llmcourse.notebook import Table
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    def fits(value: Any) -> bool:
+        return not isinstance(value, dict | list | tuple) and "\n" not in str(value)
+
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in keys if all(fits(row.get(key)) for row in rows)]
     return repr(Table(columns, [[row.get(key) for key in columns] for row in rows]))

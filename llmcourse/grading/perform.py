@@ -7,6 +7,9 @@ which arguments were written to; and it rebuilds the result from its numbers (se
 **Guard bands.** An array argument is a window in a larger buffer whose rest is NaN (for integers, the
 largest one). Reading past its end brings NaN into the result; writing past it is seen afterwards.
 
+**Kernels.** A CUDA kernel (`llmcourse.vgpu.cuda.Kernel`) is not run here: called without arguments it gives
+its PTX as text, and the judge runs that on arguments and with counters of its own (see `kernel_subject`).
+
 **Not implemented.** A function that raises NotImplementedError was not written yet: a state of its own.
 """
 
@@ -117,6 +120,7 @@ def perform(
     `leaked_bytes` are counted in a second call, whose result is dropped: what the first one keeps may
     be a cache, what each one keeps is a leak.
     """
+    fn = _called(fn)
     given = [Handed(a, grads) for a in args]
     counters = _counters([name for name in watch if name != LEAK], given)
     call = Call(tuple(args))
@@ -145,6 +149,12 @@ def perform(
     call.changed = tuple(i for i, g in enumerate(given) if g.changed())
     call.overrun = tuple(i for i, g in enumerate(given) if g.overrun())
     return call
+
+
+def _called(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What a call of `fn` calls: of a CUDA kernel, what hands over its text."""
+    cuda = sys.modules.get("llmcourse.vgpu.cuda")
+    return fn.as_text if cuda is not None and issubclass(type(fn), cuda.Kernel) else fn  # type: ignore[attr-defined]
 
 
 def _left_behind(fn: Callable[..., Any], args: Sequence[Any], grads: bool) -> dict[str, int]:

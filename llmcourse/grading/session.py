@@ -290,6 +290,12 @@ class RemoteSubject:
             self._hung = call.error
         return call
 
+    def __getitem__(self, shape: Sequence[Any]) -> Any:
+        """A launch of a CUDA kernel, `fn[grid, block](…)`: it runs in this process (see `kernel_subject`)."""
+        from llmcourse.grading.kernel_subject import JudgedLauncher
+
+        return JudgedLauncher(self, shape)
+
     def __call__(self, *args: Any) -> Any:
         """The function's value. Raises LearnerError if it has none."""
         call = self.call(args)

@@ -419,9 +419,7 @@ def _shared(
     counts[f"shared_{kind}_bytes"] += active.threads * size
     if batch.monitor is not None:
         seen: Literal["load", "store", "atomic"] = "store" if kind == "copy" else kind
-        batch.monitor.access(
-            seen, where.base, offset, size, active.lanes, instruction, None if values is None else values[0]
-        )
+        batch.monitor.access(seen, where.base, offset, size, active.lanes, instruction, values)
     view = batch.shared_views.get(dtype)
     if view is None:
         view = batch.shared_views[dtype] = batch.shared.view(dtype)

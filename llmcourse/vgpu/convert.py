@@ -12,22 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 
+from llmcourse.vgpu.float8 import FLOAT8, from_float8, to_float8
 from llmcourse.vgpu.floats import clamped, flushed
 from llmcourse.vgpu.forms import FLOATS, HALVES, SIGNED, UNSIGNED, Form, Modifiers, form, width
 from llmcourse.vgpu.half import relu, rounded, widened
 from llmcourse.vgpu.isa import DTYPES
-from llmcourse.vgpu.rounding import MODES, narrowed, odd_sum, quiet_bits, stepped, sum_excess, two_sum
-from llmcourse.vgpu.vector import Value, high, joined, low
+from llmcourse.vgpu.rounding import MODES, narrowed, odd_sum, stepped, sum_excess, two_sum
+from llmcourse.vgpu.vector import Value, high, joined, low, packed
 
 Function = Callable[[Value], Value]
 INTEGERS = (*SIGNED, *UNSIGNED)
 ANY_FLOAT = (*FLOATS, *HALVES)
-FLOAT8 = {"e4m3x2": ml_dtypes.float8_e4m3fn, "e5m2x2": ml_dtypes.float8_e5m2}
 TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-LARGEST = {"f16": 65504.0, "bf16": float(ml_dtypes.finfo("bfloat16").max)}
+LARGEST = {"f16": 65504.0, "bf16": (2 - 2.0**-7) * 2.0**127}
 
 
 def storage(type_: str) -> str:
@@ -324,22 +323,13 @@ def _two(m: Modifiers, result: str, operand: str) -> Form | None:
 
 
 def _to_float8(lower: Value, upper: Value, type_: str, fold: bool) -> Value:
-    kind = FLOAT8[type_]
-    most = np.float32(float(ml_dtypes.finfo(kind).max))
-
-    def one(a: Value) -> Value:
-        a = np.clip(relu(a) if fold else a, -most, most)
-        bits = np.asarray(a).astype(kind).view(np.uint8)
-        return np.where(np.isnan(a), np.uint8(0x7F), bits)[()]
-
-    return joined(one(lower), one(upper))
+    if fold:
+        lower, upper = relu(lower), relu(upper)
+    return joined(to_float8(lower, type_), to_float8(upper, type_))
 
 
 def _from_float8(a: Value, type_: str, fold: bool) -> Value:
-    kind = FLOAT8[type_]
-
-    def one(bits: Value) -> Value:
-        value = np.asarray(bits).view(kind).astype(np.float32).astype(np.float16)[()]
-        return quiet_bits((relu(value) if fold else value).view(np.uint16), "f16")
-
-    return joined(one(low(a, np.uint8)), one(high(a, np.uint8)))
+    both = joined(from_float8(low(a, np.uint8), type_), from_float8(high(a, np.uint8), type_))
+    if not fold:
+        return both
+    return packed(lambda bits: rounded(relu(widened(bits, "f16")), "f16"), np.uint16)(both)

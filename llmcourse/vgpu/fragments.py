@@ -1,7 +1,7 @@
 """Where the elements of a matrix tile live in the registers of a warp, and how they get there from memory.
 
-A tensor-core instruction multiplies small matrices that are spread over the 32 lanes of a warp. Lane l belongs
-to group g = l // 4 and is number t = l % 4 in it. A register of A or B covers 8 rows (of B: columns) by
+A tensor-core instruction multiplies small matrices that are spread over the 32 lanes of a warp. Lane l is
+number t = l % 4 in group g = l // 4. A register of A or B covers 8 rows (of B: columns) by
 4·e along k, where e elements fit in a register: lane l holds row g, k = e·t … e·t + e − 1. An accumulator
 covers 8 × 8: lane l holds row g, columns 2t and 2t + 1 (PTX ISA, "Matrix Fragments for mma").
 
@@ -142,7 +142,8 @@ class FragmentPlan:
     """[unique registers, 32, elements]: each element's place among all that the requests move."""
 
     pointer_alignment: int
-    """Bytes of which the pointer must be a multiple; `stride_alignment` likewise of stride · itemsize."""
+    """Bytes of which the pointer must be a multiple: a lane's share of the tile (PTX ISA, "Matrix Storage for
+    WMMA"). `stride_alignment` likewise of stride · itemsize; CUDA C++ asks for no more than 16."""
     stride_alignment: int
 
     @property
@@ -228,8 +229,8 @@ def _wmma_plan(instruction: Instruction, target: str) -> FragmentPlan | None:
         itemsize=itemsize,
         requests=requests,
         _places=places,
-        pointer_alignment=32 if layout.bits < 64 else 8,
-        stride_alignment=16 if layout.bits < 64 else 8,
+        pointer_alignment=len(parts) * max(4, itemsize),
+        stride_alignment=min(16, len(parts) * max(4, itemsize)),
     )
 
 

@@ -4,7 +4,8 @@
 adding rounds twice: a quarter of random results differ in the last bit. Three ways here, each exact:
 
 - PyTorch's `addcmul`. Its x86 builds compile to the processor's own instruction, as fast as multiply and
-  add (16 µs for 65,536 lanes). Nothing promises that, so it is used only if it passes `_is_fused` here.
+  add (16 µs for 65,536 lanes). Nothing promises that, so it is used only if it passes `_is_fused` here. Where
+  nobody has imported torch yet, that takes a second or two, which few lanes are not worth (`FEW`).
 - float64 for float32: the product is exact, the sum's one rounding is harmless unless it lands half way
   between two float32 numbers; those lanes are found and rounded to odd (90 µs).
 - error-free transformations for float64 (Boldo and Melquiond 2008), 1 ms.
@@ -12,6 +13,7 @@ adding rounds twice: a quarter of random results differ in the last bit. Three w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
@@ -22,18 +24,21 @@ import numpy as np
 from llmcourse.vgpu.rounding import narrowed, odd_sum, two_sum
 from llmcourse.vgpu.vector import PIECE, Value, is_scalar, spread
 
+FEW = 1 << 13
+"""Lanes of an instruction up to which torch is not imported for its sake."""
+
 
 def fma_f32(a: Value, b: Value, c: Value) -> Value:
     """a·b + c in float32, rounded once."""
     if is_scalar(a) and is_scalar(b) and is_scalar(c):
         return narrowed(odd_sum(np.float64(a) * np.float64(b), np.float64(c)), "f32")
-    addcmul = _addcmul("float32")
+    addcmul = _addcmul("float32") if _worth_it(a, b, c) else None
     return fma_f32_by_float64(a, b, c) if addcmul is None else addcmul(a, b, c)
 
 
 def fma_f64(a: Value, b: Value, c: Value) -> Value:
     """a·b + c in float64, rounded once."""
-    addcmul = None if is_scalar(a) and is_scalar(b) and is_scalar(c) else _addcmul("float64")
+    addcmul = _addcmul("float64") if _worth_it(a, b, c) else None
     return fma_f64_by_parts(a, b, c) if addcmul is None else addcmul(a, b, c)
 
 
@@ -106,6 +111,11 @@ def _rational_fma(a: Value, b: Value, c: Value, naive: Value) -> np.float64:
 
 
 # ---- PyTorch's addcmul, where it is fused
+
+
+def _worth_it(*values: Value) -> bool:
+    lanes = max(np.size(v) for v in values)
+    return lanes > FEW or (lanes > 1 and "torch" in sys.modules)
 
 
 @cache

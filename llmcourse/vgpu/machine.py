@@ -43,6 +43,7 @@ from llmcourse.vgpu.memory import (
     lay_out_shared,
     place,
 )
+from llmcourse.vgpu.undefined import Mark, check_guard
 
 BATCH_LANES = 1 << 16
 STEP_LIMIT = 1_000_000
@@ -215,6 +216,7 @@ class Program:
         self.index = {name: i for i, name in enumerate(kernel.registers)}
         self.initial = [DTYPES[kind].type(0) for kind in kernel.registers.values()]
         self.read = _registers_read(kernel)
+        self.shuffles = any(instruction.opcode == "shfl" for instruction in kernel.code)
         self.blocks = flow.blocks_of(kernel)
         self.steps: list[list[Step]] = []
         self.tallies: list[dict[int, dict[str, int]]] = []
@@ -358,6 +360,7 @@ class Batch:
         self.barrier: Barriers | None = None
         self.pending_copies: list[object] = []
         self.copy_group = 0
+        self.undefined: dict[int, Mark] = {}
         self.monitor = None
         if launch.check and launch.shared.used:
             from llmcourse.vgpu.races import SharedMonitor
@@ -540,6 +543,8 @@ class Batch:
         """Move lanes on from the end of a block."""
         block, end = self.program.blocks[index], self.program.ends[index]
         opcode = end.opcode
+        if self.undefined and end.guard is not None and opcode in flow.ENDS:
+            check_guard(self, active, end)
         if opcode == "bra":
             counts = self.counters.at(self.program.number(end.line))
             counts["branches"] += active.warps

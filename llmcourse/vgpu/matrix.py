@@ -38,15 +38,14 @@ def check_whole_warps(name: str, active: np.ndarray) -> None:
             "divergent barrier",
             warp,
             int(active[warp].argmax()),
-            f"{name} is executed by the lanes {int(bits_of(active)[warp, 0]):#010x} of a warp only.",
-            "A matrix instruction is carried out by all 32 lanes together; without some the result is undefined.",
-            "a block size that is a multiple of 32, and no branch around it that lanes of a warp take "
-            "differently.",
+            f"{name} is executed by some lanes of a warp only, {int(bits_of(active)[warp, 0]):#010x}",
+            "All 32 lanes together carry out a matrix instruction; without some the result is undefined.",
+            "a block size that is a multiple of 32, and a branch around it that whole warps take.",
         )
 
 
 def _product(instruction: Instruction) -> WarpOp | None:
-    """wmma.mma.sync.aligned.alayout.blayout.shape.{d.c | d.a.b.c} and mma.sync.aligned.shape.row.col.d.a.b.c."""
+    """wmma.mma.sync.aligned.row.row.shape.{d.c or d.a.b.c}, mma.sync.aligned.shape.row.col.d.a.b.c."""
     shape, types = shape_of(instruction), types_of(instruction)
     if instruction.opcode == "wmma" and len(types) == 2:
         types = [types[0], "f16", "f16", types[1]]
@@ -92,7 +91,7 @@ def _product(instruction: Instruction) -> WarpOp | None:
         ),
         destinations=tuple(d if isinstance(d, Register) else None for d in destinations),
         run=run,
-        counts={"flops_tensor": 2 * m * n * k},
+        flops=("flops_tensor", 2 * m * n * k),
     )
 
 
@@ -114,7 +113,7 @@ def gather(parts: Sequence[np.ndarray], layout: Layout, type_: str, warps: int) 
 
 
 def spread(matrices: np.ndarray, layout: Layout, type_: str, count: int) -> tuple[np.ndarray, ...]:
-    """Matrices [W, rows, cols] float64 → `count` registers [W, 32] of the type, repeated if there are fewer."""
+    """Matrices [W, rows, cols] float64 → `count` registers [W, 32] of the type, over again if need be."""
     values = np.ascontiguousarray(matrices[:, layout.rows, layout.cols])
     if type_ == "s32":
         values = values.astype(np.int64).astype(np.int32)

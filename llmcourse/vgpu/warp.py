@@ -11,8 +11,8 @@ None of them orders memory. Only bar.warp.sync (`__syncwarp()`) lets one lane se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class WarpOp:
 
     sources        operands to evaluate, each as the PTX type at the same place in `source_types`
     destinations   registers that take the results; None for one that the program does not want
-    counts         what one execution by one warp adds to the counters, besides the instruction itself
+    flops          (counter, operations) of one execution by one warp
     """
 
     name: str
@@ -54,8 +54,7 @@ class WarpOp:
     source_types: tuple[str, ...]
     destinations: tuple[Register | None, ...]
     run: Run
-    synchronises: bool = True
-    counts: Mapping[str, int] = field(default_factory=dict)
+    flops: tuple[str, int] | None = None
 
     def apply(
         self,
@@ -64,7 +63,7 @@ class WarpOp:
         exited: np.ndarray | None = None,
         undefined: Callable[[np.ndarray], None] | None = None,
     ) -> tuple[np.ndarray, ...]:
-        """The results, one [W, 32] array for each destination; what they hold in inactive lanes means nothing.
+        """The results, one [W, 32] array for each destination; they mean nothing in inactive lanes.
 
         active      [W, 32] bool: the lanes that carry the instruction out
         values      one for each source: [W, 32], or a scalar where all lanes hold the same
@@ -144,10 +143,10 @@ class Members:
                     "divergent barrier",
                     warp,
                     other,
-                    f"{self.name}: lane {other} names lane {lane} in its mask {int(mask[warp, other]):#010x}, "
-                    f"but lane {lane} came with the mask {int(mask[warp, lane]):#010x}.",
+                    f"{self.name}: lane {other} of the warp names lane {lane} in its mask "
+                    f"{int(mask[warp, other]):#010x}, but that came with {int(mask[warp, lane]):#010x}",
                     "All lanes named in a member mask must execute the instruction with that same mask.",
-                    "computing the mask once, with __ballot_sync() before the branch, and using it in every lane.",
+                    "computing the mask once, with __ballot_sync() before the branch, for all its lanes.",
                 )
         return mask & here
 
@@ -159,8 +158,8 @@ class Members:
             "divergent barrier",
             warp,
             _lowest(here),
-            f"{self.name} with the mask {int(mask[warp, 0]):#010x} waits for lane {lane}, which is not here: "
-            f"only the lanes {here:#010x} are.",
+            f"{self.name} with the mask {int(mask[warp, 0]):#010x} waits for lane {lane} of the warp, "
+            f"which is not here: only the lanes {here:#010x} are",
             "Every lane named in the mask must reach the same instruction; in a branch that some lanes skip, "
             "the result is undefined or the warp waits for ever.",
             "moving the call out of the branch, or naming only the lanes that enter it "
@@ -174,13 +173,14 @@ class Members:
             "divergent barrier",
             warp,
             lane,
-            f"{self.name}: lane {lane} executes it, but its mask {int(mask[warp, 0]):#010x} leaves that lane out.",
+            f"{self.name} with the mask {int(mask[warp, 0]):#010x} is executed by lane {lane} of the warp, "
+            "which the mask leaves out",
             "A lane must name itself in the member mask, or its result is undefined.",
-            "the mask 0xffffffff where the whole warp takes part, or a mask with every lane that gets there.",
+            "the mask 0xffffffff where the whole warp takes part, else one with every lane that gets there.",
         )
 
     def report_undefined(self, lanes: np.ndarray, sources: np.ndarray) -> None:
-        """Tell that `lanes` ([W, 32] bool) would receive the register of `sources`, lanes that are not here."""
+        """Tell that `lanes` ([W, 32] bool) receive the register of `sources`, lanes that are not here."""
         if self.undefined is not None:
             self.undefined(lanes)
             return
@@ -191,10 +191,8 @@ class Members:
             "uninitialised",
             warp,
             lane,
-            f"{self.name}: lane {lane} reads the value of lane {source}, "
-            + (
-                "which has exited or is beyond the end of the block." if gone else "which does not take part."
-            ),
+            f"{self.name}: lane {lane} of the warp reads the value of lane {source}, which "
+            + ("has exited or is beyond the end of the block" if gone else "does not take part"),
             "The value of a lane that does not execute the shuffle is undefined.",
             "letting every lane of the warp reach the shuffle with a neutral value (0 for a sum), "
             "or a width that keeps the exchange among the lanes of the mask.",
@@ -284,7 +282,6 @@ def _shfl(instruction: Instruction) -> WarpOp | None:
         source_types=("b32", "u32", "u32", "u32")[: 3 + sync],
         destinations=_registers(instruction.operands[0]),
         run=run,
-        synchronises=sync,
     )
 
 
@@ -315,7 +312,7 @@ def shuffle_source(mode: str, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray,
 
 
 def _vote(instruction: Instruction) -> WarpOp | None:
-    """vote{.sync}.{all, any, uni}.pred p, {!}a{, membermask}; vote{.sync}.ballot.b32 d, {!}a{, membermask}."""
+    """vote{.sync}.{all, any, uni}.pred p, {!}a{, membermask}, and vote{.sync}.ballot.b32 d, …"""
     sync = instruction.has("sync")
     mode = next((m for m in instruction.modifiers if m in ("all", "any", "uni", "ballot")), None)
     if mode is None or len(instruction.operands) != 2 + sync:
@@ -336,7 +333,6 @@ def _vote(instruction: Instruction) -> WarpOp | None:
         source_types=("pred", "u32")[: 1 + sync],
         destinations=_registers(instruction.operands[0])[:1],
         run=run,
-        synchronises=sync,
     )
 
 
@@ -347,7 +343,6 @@ def _activemask(instruction: Instruction) -> WarpOp:
         source_types=(),
         destinations=_registers(instruction.operands[0])[:1],
         run=lambda members, values: (members.active_bits,),
-        synchronises=False,
     )
 
 
@@ -414,7 +409,7 @@ _REDUCTIONS: dict[str, tuple[np.ufunc, Callable[[np.dtype], object]]] = {
 
 
 def _redux(instruction: Instruction) -> WarpOp | None:
-    """redux.sync.op{.abs}{.NaN}.type d, a, membermask. A float minimum without .NaN skips NaN (if others exist)."""
+    """redux.sync.op{.abs}{.NaN}.type d, a, membermask. Without .NaN any number is preferred to NaN."""
     operation = next((m for m in instruction.modifiers if m in _REDUCTIONS), None)
     if operation is None or instruction.type not in ("s32", "u32", "b32", "f32"):
         return None
