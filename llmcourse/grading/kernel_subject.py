@@ -53,17 +53,19 @@ NO_KERNEL = 'a cell that starts with %%cuda and defines "__global__ void {name}(
 
 
 class JudgedKernel:
-    """One kernel, read and ready. `fault` is that of a launch that did not end.
+    """One kernel, read and ready: `name` is the exercise's, `entry` that in the PTX.
+
+    fault   that of a launch that did not end
 
     Raises   PtxError for text that is no PTX, or more of it than a kernel of a lab has.
     """
 
-    def __init__(self, name: str, text: str, source: str = "") -> None:
+    def __init__(self, name: str, entry: str, text: str, source: str = "") -> None:
         self.name, self.source = name, source
         self.fault: KernelFault | None = None
         if len(text) > MAX_PTX:
             raise _too_much(f"{len(text):,} characters of PTX", f"{MAX_PTX:,}")
-        self.module, self.kernel = _read(text, name)
+        self.module, self.kernel = _read(text, entry)
 
     @classmethod
     def from_plain(cls, found: Any, name: str) -> JudgedKernel:
@@ -78,7 +80,7 @@ class JudgedKernel:
         if len(texts) < len(fields):
             raise Mismatch(f"{name} is no CUDA kernel, but gives {describe(found)}", tries=_no_kernel(name))
         entry, text, source = texts
-        return cls(entry, text, clean_text(source[:MAX_SOURCE]))
+        return cls(name, entry, text, clean_text(source[:MAX_SOURCE]))
 
     def run(
         self,
@@ -128,8 +130,8 @@ class JudgedKernel:
         except Exception as error:  # PTX that no compiler wrote: a form that the machine does not expect
             raise PtxError(
                 f"{self.name} cannot be run ({type(error).__name__}: {str(error)[:200]}).",
-                "Its PTX is not what the compiler makes of CUDA C++.",
-                _no_kernel(self.name),
+                "Its PTX has something that the machine does not expect.",
+                "the kernel object that a %%cuda cell makes; if it is one, the machine is at fault.",
             ) from None
         return run.counters
 
@@ -179,18 +181,18 @@ def refused(error: CourseError, line: str = "") -> Mismatch:
 
 
 @lru_cache(maxsize=128)
-def _read(text: str, name: str) -> tuple[isa.Module, isa.Kernel]:
+def _read(text: str, entry: str) -> tuple[isa.Module, isa.Kernel]:
     """The module and its kernel, made ready for the machine."""
     module = ptx.parse(text, MAX_SIZE)
-    if name not in module.kernels:
+    if entry not in module.kernels:
         raise PtxError(
-            f"this PTX has no kernel called {name[:80]}.",
+            f"this PTX has no kernel called {entry[:80]}.",
             f"It has {', '.join(module.kernels)[:200] or 'none'}.",
             "the kernel object that a %%cuda cell makes.",
         )
-    found = module.kernels[name]
+    found = module.kernels[entry]
     kernel = replace(found, code=[_silent(i) for i in found.code])
-    module = isa.Module({name: kernel}, module.variables, module.target)
+    module = isa.Module({entry: kernel}, module.variables, module.target)
     _check_sizes(module, kernel)
     try:
         machine.program_of(kernel)

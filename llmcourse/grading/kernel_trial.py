@@ -14,6 +14,7 @@ same mistake need not have the same number of instructions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,10 @@ from llmcourse.grading.kernel_subject import JudgedKernel, kernel_of, refused
 from llmcourse.grading.perform import Call, Failure
 from llmcourse.grading.trial import RaisedError, Trial
 from llmcourse.vgpu.counters import Counters
-from llmcourse.vgpu.faults import KernelFault
+from llmcourse.vgpu.faults import KernelFault, index_text
 
 UNWRITTEN = {"f": -98_765.4, "i": -987_654_321, "u": 3_306_640_000}
-"""What stands in an array for results: no result, and unlike NaN nothing that adding to it leaves as it is."""
+"""What stands in an array for results: no result, and unlike NaN changed by adding to it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def launch(
     try:
         counters = kernel.run(grid, block, given, shared=shared, names=names)
     except CourseError as error:
-        kind = f"KernelFault: {error.kind}" if isinstance(error, KernelFault) else type(error).__name__
+        kind = symptom(error) if isinstance(error, KernelFault) else type(error).__name__
         _record(t, Call(shown, error=Failure(kind, str(error))))
         raise refused(error, _line_of(error, kernel)) from None
     changed = tuple(i + 2 for i, a in enumerate(arguments) if _was_written(a, given[i]))
@@ -96,6 +97,25 @@ def launch(
     _record(t, Call(shown, arrays, changed=changed, costs={name: counters[name] for name in watch}))
     t.unchanged()
     return Launched(arrays, counters, kernel)
+
+
+_DEEDS = re.compile(r"\b(?:global|shared|local|load|store|atomic|reads?|writes?|wrote|__\w+|barriers)\b")
+_ELEMENT = re.compile(r"global .*(element -?\d+ of \w+)")
+
+
+def symptom(fault: KernelFault) -> str:
+    """A fault by what two kernels with the same mistake share: not its line, nor their arrays' names.
+
+    race … this thread writes … which thread 3 read …   →  race: shared writes read __syncthreads
+    global load out of bounds: … element 64 of x …      →  out of bounds: global load element 64 of x
+    __shfl_sync … waits … (block 0, thread 1)           →  divergent barrier: __shfl_sync thread 1
+    """
+    said = _DEEDS.findall(fault.what)
+    if element := _ELEMENT.search(fault.what):
+        said.append(element[1])
+    if fault.kind in ("divergent barrier", "uninitialised") and fault.thread is not None:
+        said.append(f"thread {index_text(fault.thread)}")
+    return " ".join([f"{fault.kind}:", *said])
 
 
 def _kernel_of(t: Trial) -> JudgedKernel:

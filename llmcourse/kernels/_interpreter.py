@@ -14,9 +14,9 @@ again:
     Python                `_rewrite`: what Triton's compiler means by `if`, `and`, `for`, `=`
     names                 a kernel sees what the compiler would let it see: constexpr globals and no others
 
-Where a GPU differs: float32 `tl.dot` is exact here, and TF32 on a GPU unless input_precision="ieee"; a
-conversion to float8 that overflows gives infinity or NaN here, as in torch, and the largest finite number
-on a GPU that converts in hardware; a masked load without `other` gives 0 here and is undefined there.
+Where a GPU differs: float32 `tl.dot` is exact here, and TF32 on a GPU unless input_precision="ieee"; what is
+too large for float8e5 becomes infinity here, as in torch, and 57344 on a GPU that converts in hardware (for
+float8e4nv all three say 448); a masked load without `other` gives 0 here and is undefined there.
 
 While a kernel runs, Triton's language is patched: its functions find the interpreter by themselves. The
 patches ask which thread calls and whether it runs a kernel, so that another thread may compile meanwhile;
@@ -215,6 +215,8 @@ class Builder(stock.InterpreterBuilder):
             return Handle(data, dst_type.scalar)
         if dtype.kind in "iu" and data.dtype.kind not in "iub":
             data = _to_integers(data, dtype)
+        elif dtype == _SMALL["fp8e4nv"]:  # has no infinity: what is too large becomes the largest
+            data = np.clip(data.astype(np.float32), -448, 448)
         return Handle(data.astype(dtype), dst_type.scalar)
 
     def create_fp_to_fp(self, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
@@ -1093,6 +1095,12 @@ def run(
     kernel: Any, args: Sequence[Any], kwargs: dict[str, Any], grid: Any, *, counting: bool, bounds: str
 ) -> Result:
     """Run one `@triton.jit` function over its grid."""
+    if getattr(kernel, "is_gluon", lambda: False)():
+        raise LaunchError(
+            f"{kernel.fn.__name__} is written in Gluon.",
+            "Gluon names a GPU's own instructions and memories, which the interpreter does not have.",
+            "running it on a GPU; llmcourse.kernels.compile_report does not take it either.",
+        )
     signature = inspect.signature(kernel.fn)
     given = {k: v for k, v in kwargs.items() if k in signature.parameters}
     strange = [k for k in kwargs if k not in given and k not in _options()]

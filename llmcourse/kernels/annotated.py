@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 _KINDS = ("load", "store", "atomic")
 
 COLUMNS = {
-    "loaded": cuda.Column("loaded bytes", lambda c: c["load_bytes"] if c["load_ops"] else None),
-    "stored": cuda.Column("stored bytes", lambda c: c["store_bytes"] if c["store_ops"] else None),
-    "atomic": cuda.Column("atomic bytes", lambda c: c["atomic_bytes"] if c["atomic_ops"] else None),
-    "bytes": cuda.Column("bytes", lambda c: sum(c[f"{k}_bytes"] for k in _KINDS) or None),
-    "sectors": cuda.Column("sectors", lambda c: sum(c[f"{k}_sectors"] for k in _KINDS) or None),
-    "operations": cuda.Column("operations", lambda c: sum(c[f"{k}_ops"] for k in _KINDS) or None),
-    "dot_flops": cuda.Column("dot FLOPs", lambda c: c["dot_flops"] if c["dot_ops"] else None),
+    "loaded": cuda.Column("loaded bytes", lambda c: c.get("load_bytes", 0) if c.get("load_ops", 0) else None),
+    "stored": cuda.Column(
+        "stored bytes", lambda c: c.get("store_bytes", 0) if c.get("store_ops", 0) else None
+    ),
+    "atomic": cuda.Column(
+        "atomic bytes", lambda c: c.get("atomic_bytes", 0) if c.get("atomic_ops", 0) else None
+    ),
+    "bytes": cuda.Column("bytes", lambda c: sum(c.get(f"{k}_bytes", 0) for k in _KINDS) or None),
+    "sectors": cuda.Column("sectors", lambda c: sum(c.get(f"{k}_sectors", 0) for k in _KINDS) or None),
+    "operations": cuda.Column("operations", lambda c: sum(c.get(f"{k}_ops", 0) for k in _KINDS) or None),
+    "dot_flops": cuda.Column("dot FLOPs", lambda c: c.get("dot_flops", 0) if c.get("dot_ops", 0) else None),
 }
 """Columns by name."""
 

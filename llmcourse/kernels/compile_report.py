@@ -187,33 +187,32 @@ class Target:
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
-class CompileReport(Mapping[int, Target]):
+class CompileReport:
     """A kernel's targets by compute capability: `report[90].registers`. Displays as a table."""
 
     def __init__(self, kernel: str, targets: Sequence[Target], signature: Signature) -> None:
-        self.kernel, self.signature = kernel, signature
-        self._targets = {t.capability: t for t in targets}
+        self.kernel, self.targets, self.signature = kernel, tuple(targets), signature
 
     def __getitem__(self, capability: int) -> Target:
-        try:
-            return self._targets[capability]
-        except KeyError:
-            raise UnknownNameError(
-                f"{self.kernel} was not compiled for compute capability {capability}.",
-                f"This report has {', '.join(map(str, self._targets))}.",
-                f"compile_report(…, capabilities=({capability},)).",
-            ) from None
+        for target in self.targets:
+            if target.capability == capability:
+                return target
+        raise UnknownNameError(
+            f"{self.kernel} was not compiled for compute capability {capability}.",
+            f"This report has {', '.join(str(t.capability) for t in self.targets)}.",
+            f"compile_report(…, capabilities=({capability},)).",
+        )
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._targets)
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.targets)
 
     def __len__(self) -> int:
-        return len(self._targets)
+        return len(self.targets)
 
     @property
     def compiled(self) -> list[Target]:
         """The targets for which it could be compiled."""
-        return [t for t in self._targets.values() if t.error is None]
+        return [t for t in self.targets if t.error is None]
 
     @property
     def spills(self) -> int:
@@ -221,7 +220,7 @@ class CompileReport(Mapping[int, Target]):
         return max((t.spills for t in self.compiled), default=0)
 
     def table(self) -> Table:
-        """A row for each target, and a line below for each that failed or does not fit."""
+        """A row for each target, and a note for each that failed or does not fit."""
         heads = ("target", "registers", "spilled bytes", "shared bytes", "tensor cores", "loads (bits)")
         rows = [
             (
@@ -237,7 +236,7 @@ class CompileReport(Mapping[int, Target]):
             )
             for t in self.compiled
         ]
-        notes = [f"sm_{t.capability}: {t.error}" for t in self._targets.values() if t.error]
+        notes = [f"sm_{t.capability}: {t.error}" for t in self.targets if t.error]
         notes += [
             f"{t.ptx_target}: {t.shared_bytes:,} bytes of shared memory, {SHARED_LIMIT[t.capability]:,} at most: "
             "cannot be launched"

@@ -124,13 +124,23 @@ def check_operands(a: Tensor, b: Tensor, bias: Tensor | None, activation: str, r
 
 
 def chosen_options(
-    a: Tensor, b: Tensor, rung: str, config: Config | None, *, fast_accum: bool = True
+    a: Tensor,
+    b: Tensor,
+    rung: str,
+    config: Config | None,
+    *,
+    out_itemsize: int = 0,
+    fast_accum: bool = True,
 ) -> Choice:
     """The rung and tiles that will run, or why those asked for cannot."""
-    choice = pick(a, b, fast_accum=fast_accum) if a.is_cuda else Choice("grouped", "interpreted", INTERPRETED)
+    if a.is_cuda:
+        choice = pick(a, b, out_itemsize=out_itemsize, fast_accum=fast_accum)
+    else:
+        choice = Choice("grouped", "interpreted", INTERPRETED)
     if not rung or rung == choice.rung:
         return Choice(choice.rung, choice.why, config or choice.config)
-    if rung in ("descriptor", "persistent") and (reason := no_descriptor(a, b)):
+    reason = no_descriptor(a, b, out_itemsize=out_itemsize)
+    if rung in ("descriptor", "persistent") and reason:
         raise StrideError(
             f"the rung {rung!r} cannot read these matrices: {reason}.",
             "A tensor descriptor takes a base and line distances that are multiples of 16 bytes.",
@@ -151,7 +161,7 @@ def default_config(a: Tensor, b: Tensor, rung: str, fast_accum: bool) -> Config:
         return plan.skinny(m, n, k, size, multiprocessors)
     if rung in ("descriptor", "persistent") and capability >= 90 and size < 4:
         return plan.best_tiles(m, n, plan.tiles_for(size, fast_accum, rung), multiprocessors)
-    return plan.grouped(capability, size, aligned=not no_descriptor(a, b))
+    return plan.grouped(capability, size, aligned=not plan.no_input_descriptor(a, b))
 
 
 class _Matmul(torch.autograd.Function):

@@ -89,7 +89,8 @@ def scaled_matmul(
     chosen = choose(backend, a, b)
     options = None
     if chosen != "reference" and rung != "reference" and 0 not in (*a.shape, *b.shape):
-        options = chosen_options(a, b, rung, config, fast_accum=fast_accum)
+        size = out_dtype.itemsize
+        options = chosen_options(a, b, rung, config, out_itemsize=size, fast_accum=fast_accum)
     if options is None or options.config is None:
         return reference(a, b, scale_a, scale_b, bias, activation, out_dtype)
     out = torch.empty(a.shape[0], b.shape[1], dtype=out_dtype, device=a.device)

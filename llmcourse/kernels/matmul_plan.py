@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class Choice:
 
 # Of several tile shapes the one that wastes least of the last wave is taken (`best_tiles`). The second
 # number is the share of the largest tile's rate that a smaller tile reaches once the device is full, from
-# the same sweep. 64 × 128 wins at 1024³, where larger tiles leave multiprocessors without one.
+# the same sweep. 64 × 128 wins at 1024³, where larger tiles leave multiprocessors without one. A tile that
+# is finished whole (subtiles=1) with GELU runs out of registers where a thread holds 128 elements of it.
 HOPPER_16 = (
     (Config(128, 256, 64, 8, 3, subtiles=2), 1.0),
     (Config(256, 128, 64, 8, 4, subtiles=2), 0.98),
@@ -69,7 +71,7 @@ HOPPER_16 = (
 HOPPER_8 = (
     (Config(128, 256, 128, 8, 3, group_m=16, subtiles=2), 1.0),
     (Config(256, 128, 128, 8, 4, subtiles=2), 0.98),
-    (Config(128, 128, 128, 4, 6), 0.97),
+    (Config(128, 128, 128, 4, 6, subtiles=2), 0.94),
     (Config(64, 256, 128, 4, 5, subtiles=2), 0.92),
     (Config(64, 128, 256, 4, 4, subtiles=2), 0.8),
     (Config(64, 64, 256, 4, 5, subtiles=2), 0.54),
@@ -77,14 +79,13 @@ HOPPER_8 = (
 # A second accumulator beside the first, so that 128 × 256 would need more registers than there are.
 HOPPER_8_PRECISE = (
     (Config(128, 128, 256, 8, 3), 1.0),
-    (Config(64, 256, 128, 4, 4, flatten=False), 0.8),
     (Config(64, 128, 128, 4, 5), 0.74),
     (Config(64, 64, 128, 4, 6, subtiles=2, flatten=False), 0.47),
 )
 # With one program a tile, the end of a 128 × 256 tile hides behind nothing, and 128 × 128 was faster.
 DESCRIPTOR_16 = (
-    (Config(128, 128, 64, 4, 5), 1.0),
-    (Config(64, 256, 64, 4, 4, group_m=16), 0.97),
+    (Config(128, 128, 64, 4, 5, subtiles=2), 1.0),
+    (Config(64, 256, 64, 4, 4, group_m=16, subtiles=2), 0.97),
     (Config(64, 128, 64, 4, 6), 0.75),
     (Config(64, 64, 64, 4, 5), 0.45),
 )
@@ -96,7 +97,7 @@ GROUPED = {
     (80, 2): Config(128, 128, 32, 8, 4),
     (80, 4): Config(64, 64, 32, 8, 3),
     (90, 1): Config(128, 128, 64, 8, 4),
-    (90, 2): Config(256, 128, 64, 8, 3, group_m=4),
+    (90, 2): Config(128, 128, 64, 8, 5),
     (90, 4): Config(64, 64, 32, 8, 3),
 }
 # Lines that do not: loads of single elements, which pass through registers on their way to shared memory.
@@ -109,12 +110,14 @@ def pick(
     b: Tensor,
     out: Tensor | None = None,
     *,
+    out_itemsize: int = 0,
     capability: int | None = None,
     multiprocessors: int | None = None,
     fast_accum: bool = True,
 ) -> Choice:
     """The rung and tiles for a [M, K] times b [K, N]; `out` if the result's place is given.
 
+    out_itemsize   of a new result, in bytes (0: a's, or 2 for fp8)
     capability, multiprocessors    of the device to plan for; None asks the device of `a`
     """
     (m, k), n = a.shape, b.shape[1]
@@ -141,8 +144,8 @@ def pick(
         return Choice(
             "grouped", "float32 in full precision runs on ordinary multiply-adds", grouped(capability, 4)
         )
-    if reason := no_descriptor(a, b, out):
-        return Choice("grouped", reason, grouped(capability, size, aligned=False))
+    if reason := no_descriptor(a, b, out, out_itemsize=out_itemsize):
+        return Choice("grouped", reason, grouped(capability, size, aligned=not no_input_descriptor(a, b)))
     tiles = best_tiles(m, n, tiles_for(size, fast_accum), multiprocessors or 132)
     return Choice("persistent", "every tensor fits a descriptor", tiles)
 
@@ -191,23 +194,35 @@ def best_tiles(m: int, n: int, table: tuple[tuple[Config, float], ...], multipro
     return min(table, key=seconds)[0]
 
 
-def no_descriptor(a: Tensor, b: Tensor, out: Tensor | None = None) -> str:
-    """Why a tensor descriptor cannot describe these matrices; empty if it can."""
-    size = a.dtype.itemsize
-    if size == 1 and not (a.stride(1) == 1 and b.stride(0) == 1):
+def no_descriptor(a: Tensor, b: Tensor, out: Tensor | None = None, *, out_itemsize: int = 0) -> str:
+    """Why tensor descriptors cannot describe these matrices and their result; empty if they can."""
+    if reason := no_input_descriptor(a, b):
+        return reason
+    if out is not None:
+        return _indescribable("out", out, out.stride(0), out.stride(1))
+    size = out_itemsize or max(a.dtype.itemsize, 2)
+    return _uneven("the result", b.shape[1], size) if b.shape[1] * size % ALIGNMENT else ""
+
+
+def no_input_descriptor(a: Tensor, b: Tensor) -> str:
+    """Why a descriptor cannot describe what is read; empty if it can: then its loads can be wide as well."""
+    if a.dtype.itemsize == 1 and not (a.stride(1) == 1 and b.stride(0) == 1):
         return "Hopper multiplies fp8 only from tiles in which K is contiguous: rows of a, columns of b"
-    for name, x in (("a", a), ("b", b), ("out", out)):
-        if x is None:
-            continue
-        inner, outer = sorted(x.stride()) if name != "out" else (x.stride(1), x.stride(0))
-        if inner != 1:
-            return f"{name} has no contiguous dimension (strides {tuple(x.stride())})"
-        if x.data_ptr() % ALIGNMENT:
-            return f"{name} does not start on a multiple of {ALIGNMENT} bytes"
-        if outer * x.dtype.itemsize % ALIGNMENT:
-            lines = f"{outer} elements ({outer * x.dtype.itemsize} bytes)"
-            return f"{name}'s lines are {lines} apart, not a multiple of {ALIGNMENT} bytes"
-    return ""
+    reasons = (_indescribable(name, x, max(x.stride()), min(x.stride())) for name, x in (("a", a), ("b", b)))
+    return next(filter(None, reasons), "")
+
+
+def _indescribable(name: str, x: Tensor, outer: int, inner: int) -> str:
+    if inner != 1:
+        return f"{name} has no contiguous dimension (strides {tuple(x.stride())})"
+    if x.data_ptr() % ALIGNMENT:
+        return f"{name} does not start on a multiple of {ALIGNMENT} bytes"
+    return _uneven(name, outer, x.dtype.itemsize) if outer * x.dtype.itemsize % ALIGNMENT else ""
+
+
+def _uneven(name: str, elements: int, itemsize: int) -> str:
+    apart = f"{elements} elements ({elements * itemsize} bytes) apart"
+    return f"{name}'s lines are {apart}, not a multiple of {ALIGNMENT} bytes"
 
 
 def tile_order(tiles_m: int, tiles_n: int, group_m: int = 1) -> Iterator[tuple[int, int]]:
@@ -219,12 +234,21 @@ def tile_order(tiles_m: int, tiles_n: int, group_m: int = 1) -> Iterator[tuple[i
         yield first + within % height, within // height
 
 
-def wave_bytes(m: int, n: int, k: int, config: Config, *, programs: int, itemsize: int, group_m: int) -> int:
-    """Bytes of A and B that the first `programs` tiles need, each counted once: what L2 must hold."""
-    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
-    wave = [t for t, _ in zip(tile_order(tiles_m, tiles_n, group_m), range(programs), strict=False)]
-    rows = sum(min(config.block_m, m - i * config.block_m) for i in {i for i, _ in wave})
-    columns = sum(min(config.block_n, n - j * config.block_n) for j in {j for _, j in wave})
+def wave_tiles(
+    m: int, n: int, config: Config, *, programs: int, group_m: int, wave: int = 0
+) -> list[tuple[int, int]]:
+    """(row, column) of the tiles that run together: `programs` at a time, in the order of their numbers."""
+    order = tile_order(-(-m // config.block_m), -(-n // config.block_n), group_m)
+    return list(islice(order, wave * programs, (wave + 1) * programs))
+
+
+def wave_bytes(
+    m: int, n: int, k: int, config: Config, *, programs: int, itemsize: int, group_m: int, wave: int = 0
+) -> int:
+    """Bytes of A and B that the tiles of a wave need, each counted once: what they read if L2 serves re-reads."""
+    tiles = wave_tiles(m, n, config, programs=programs, group_m=group_m, wave=wave)
+    rows = sum(min(config.block_m, m - i * config.block_m) for i in {i for i, _ in tiles})
+    columns = sum(min(config.block_n, n - j * config.block_n) for j in {j for _, j in tiles})
     return (rows + columns) * k * itemsize
 
 

@@ -7,7 +7,9 @@ timeline has a black edge.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from base64 import b64encode
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 from llmcourse.streams.timeline import HOST, Span, Timeline
 
@@ -45,10 +47,26 @@ def draw(*timelines: Timeline, title: str = "", names: bool = True, until: float
     for ax, timeline in zip(axes, timelines, strict=True):
         draw_on(ax, timeline, end, names=names)
     axes[-1].set_xlabel("µs since the host's first call")
-    _legend(figure, timelines)
+    legend(figure, *timelines)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+class Picture:
+    """Timelines that a notebook shows as a figure, and as characters where there are no pictures."""
+
+    def __init__(self, *timelines: Timeline, **options: Any) -> None:
+        self.timelines, self.options = timelines, options
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.timelines))
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
+        buffer = BytesIO()
+        figure = draw(*self.timelines, **self.options)
+        figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+        return {"image/png": b64encode(buffer.getvalue()).decode(), "text/plain": repr(self)}
 
 
 def draw_on(ax: Axes, timeline: Timeline, end: float, *, names: bool = True) -> None:
@@ -60,6 +78,8 @@ def draw_on(ax: Axes, timeline: Timeline, end: float, *, names: bool = True) -> 
         busy = span.us - span.waits
         decides = (span.call, HOST if span.lane == HOST else "device") in critical and busy > 0
         edge, width = ("black", 1.1) if decides else ("white", 0.4)
+        if span.us < 0.008 * end:
+            width = 0.0  # an edge would hide the bar
         tall = BAR * (1.0 if span.engine != "sm" else 0.35 + 0.65 * span.share)
         ax.barh(y, busy, tall, left=span.start, color=COLORS[span.engine], edgecolor=edge, linewidth=width)
         if span.waits:
@@ -89,7 +109,8 @@ def _end(timeline: Timeline) -> float:
     return max([timeline.makespan_us, *(s.end for s in timeline.spans)])
 
 
-def _legend(figure: Figure, timelines: tuple[Timeline, ...]) -> None:
+def legend(figure: Figure, *timelines: Timeline) -> None:
+    """What the colours mean, below the figure: of the engines that are there."""
     from matplotlib.patches import Patch
 
     seen = {s.engine for t in timelines for s in t.spans}

@@ -90,6 +90,17 @@ def host_slower(program: Program, timed: Timeline, costs: Costs) -> float:
     return statistics.median(ratios) if ratios else 1.0
 
 
+def measured(name: str, device: str = "cpu") -> Timeline:
+    """This program's times: run here on a GPU (`device` "cuda"), elsewhere as recorded on an H100.
+
+    Makespan and host times are of runs without a profiler, spans of one more run with it, from the first
+    piece of device work on.
+    """
+    if device == "cuda":
+        return _cut(PROGRAMS[name]().run())
+    return _cut(Timeline.from_json(_record().row(name=name, kind="program")["timeline"]))
+
+
 # ── the traced spans ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -100,11 +111,9 @@ def traced(name: str, record: Record | None = None) -> Timeline:
     millisecond: the trace shows order and overlap, its makespan is not the program's.
     """
     record = record or _record()
-    timeline = Timeline.from_json(record.row(name=name, kind="program")["timeline"])
-    first = min(s.start for s in timeline.spans if s.lane != HOST)
-    cut = [_from(s, first) for s in timeline.spans if s.end > first]
-    end = max(s.end for s in cut)
-    return replace(timeline, spans=cut, makespan_us=end, source=timeline.source.replace("measured", "traced"))
+    timeline = _cut(Timeline.from_json(record.row(name=name, kind="program")["timeline"]))
+    end = max(s.end for s in timeline.spans)
+    return replace(timeline, makespan_us=end, source=timeline.source.replace("measured", "traced"))
 
 
 def replay(name: str, record: Record | None = None) -> Timeline:
@@ -118,13 +127,10 @@ def replay(name: str, record: Record | None = None) -> Timeline:
         host[i + 1].start - host[i].start if i + 1 in host else costs.call_us(call)
         for i, call in enumerate(calls)
     ]
-    timeline = simulate(program, costs, host_us=host_us)
-    first = min(s.start for s in timeline.spans if s.lane != HOST)
-    cut = [_from(s, first) for s in timeline.spans if s.end > first]
+    timeline = _cut(simulate(program, costs, host_us=host_us))
     return replace(
         timeline,
-        spans=cut,
-        makespan_us=timeline.makespan_us - first,
+        makespan_us=max(s.end for s in timeline.spans),
         source=f"simulated, host's calls as in the trace, {record.caption}",
     )
 
@@ -151,8 +157,15 @@ def span_errors(name: str, record: Record | None = None) -> list[float]:
     return [us - middle for us in later]
 
 
-def _from(span: Span, first: float) -> Span:
-    return replace(span, start=max(0.0, span.start - first), end=span.end - first)
+def _cut(timeline: Timeline) -> Timeline:
+    """The timeline from its first device work on: what stands before is the host's, or a profiler's."""
+    first = min(s.start for s in timeline.spans if s.lane != HOST)
+    spans = [
+        replace(s, start=max(0.0, s.start - first), end=s.end - first)
+        for s in timeline.spans
+        if s.end > first
+    ]
+    return replace(timeline, spans=spans)
 
 
 def _record() -> Record:

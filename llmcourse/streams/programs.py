@@ -72,6 +72,19 @@ def concurrent(name: str, *, kernels: int, share: float, us: float = 200) -> Pro
     return p
 
 
+def crowd(
+    *, streams: int, each: int, in_turn: bool = False, us: float = 400, share: float = 0.001
+) -> Program:
+    """`each` tiny kernels in every one of `streams` streams, given stream by stream, or to all in turn."""
+    p = Program(f"{streams} streams of {each} kernels")
+    queues = [p.stream() for _ in range(streams)]
+    order = [(s, i) for s in queues for i in range(each)]
+    for s, i in sorted(order, key=lambda pair: pair[1]) if in_turn else order:
+        p.kernel(f"{s.name}, {i}", us, stream=s, share=share)
+    p.synchronize()
+    return p
+
+
 def both_directions(name: str, directions: tuple[str, str]) -> Program:
     """Two streams, each copying 4 × 16 MB."""
     p = Program(name)

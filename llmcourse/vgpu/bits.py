@@ -81,7 +81,11 @@ def _lop3(m: Modifiers) -> Form | None:
     m.type()
     if table is None:
         return None
-    function = three_bits(table)
+    some = three_bits(table)
+
+    def function(a: Value, b: Value, c: Value) -> Value:
+        return spread((a, b, c, some(a, b, c)))[3]  # it may not depend on the one that is an array
+
     if not combine:
         return Form(lambda a, b, c, _: function(a, b, c), ("u32",) * 4, ("u32",))
 
@@ -187,20 +191,20 @@ def _shf(m: Modifiers) -> Form | None:
 
 @form("bfe", types=FIELDS)
 def _bfe(m: Modifiers) -> Form:
-    """c bits of a from bit b up; signed types repeat the top one. b and c count modulo 256."""
+    """c bits of a from bit b up; signed types repeat the top one. b and c as `_amount` has them."""
     type_ = m.type()
     dtype, bits = DTYPES[type_], width(type_)
     fixed_start, fixed_length = _constant(m, 2), _constant(m, 3)
     if type_[0] == "u" and fixed_start is not None and fixed_length is not None:
-        shift, mask = _byte(np.uint32(fixed_start), dtype), _ones(_byte(np.uint32(fixed_length), dtype))
+        shift, mask = _amount(np.uint32(fixed_start), dtype), _ones(_amount(np.uint32(fixed_length), dtype))
         return Form(lambda a, _, __: (a >> shift) & mask, (type_, "u32", "u32"), (type_,))
 
     def unsigned_field(a: Value, start: Value, length: Value) -> Value:
-        return (a >> _byte(start, dtype)) & _ones(_byte(length, dtype))
+        return (a >> _amount(start, dtype)) & _ones(_amount(length, dtype))
 
     def signed_field(a: Value, start: Value, length: Value) -> Value:
-        rest = dtype.type(bits) - np.minimum(_byte(length, dtype), dtype.type(bits))
-        return ((a >> _byte(start, dtype)) << rest) >> rest
+        rest = dtype.type(bits) - np.minimum(_amount(length, dtype), dtype.type(bits))
+        return ((a >> _amount(start, dtype)) << rest) >> rest
 
     return Form(signed_field if type_[0] == "s" else unsigned_field, (type_, "u32", "u32"), (type_,))
 
@@ -212,15 +216,22 @@ def _bfi(m: Modifiers) -> Form:
     dtype = DTYPES[type_]
 
     def apply(a: Value, b: Value, start: Value, length: Value) -> Value:
-        place = _byte(start, dtype)
-        mask = _ones(_byte(length, dtype)) << place
+        place = _amount(start, dtype)
+        mask = _ones(_amount(length, dtype)) << place
         return (b & ~mask) | ((a << place) & mask)
 
     return Form(apply, (type_, type_, "u32", "u32"), (type_,))
 
 
-def _byte(amount: Value, dtype: np.dtype) -> Value:
-    return (amount & np.uint32(0xFF)).astype(dtype)
+def _amount(amount: Value, dtype: np.dtype) -> Value:
+    """A place or length of a field. PTX counts both modulo 256.
+
+    So does the hardware for 32 bits; fields of 64 bits are put together from shifts there (seen on an
+    H100), and 256 is beyond the end like any number above 63.
+    """
+    if dtype.itemsize == 4:
+        return (amount & np.uint32(0xFF)).astype(dtype)
+    return amount.astype(dtype)
 
 
 def _ones(length: Value) -> Value:
@@ -402,7 +413,7 @@ def _bfind(m: Modifiers) -> Form:
 def _fns(m: Modifiers) -> Form:
     """The n-th set bit of a mask from bit `base` on, upward (n > 0) or downward (n < 0); all ones if none.
 
-    n = 0 asks whether bit `base` itself is set.
+    n = 0 asks whether bit `base` itself is set. n = −2³¹ has no absolute value in 32 bits: an H100 gives 0.
     """
     m.type()
 
@@ -420,6 +431,6 @@ def _fns(m: Modifiers) -> Form:
             hit = inside & ((mask >> np.where(inside, at, 0).astype(np.uint32)) & np.uint32(1) == 1)
             seen = seen + hit
             found = np.where(hit & (seen == wanted) & (found == 0xFFFFFFFF), at.astype(np.uint32), found)
-        return found[()]
+        return np.where(n == np.iinfo(np.int32).min, np.uint32(0), found)[()]
 
     return Form(apply, ("u32", "u32", "s32"), ("u32",))

@@ -245,7 +245,13 @@ def _copies(bound: Sequence[Argument]) -> list[Argument]:
 def _copy_back(copies: Sequence[Argument], bound: Sequence[Argument]) -> None:
     for host, original in zip(copies, bound, strict=True):
         if host.is_array and not original.const:
-            original.data.detach().copy_(host.data)
+            _span(original.data.detach()).copy_(_span(host.data))
+
+
+def _span(tensor: torch.Tensor) -> torch.Tensor:
+    """All memory from a tensor's first element to its last: a kernel knows no strides and may write there."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
 
 
 def _tell_autograd(bound: Sequence[Argument]) -> None:

@@ -11,6 +11,7 @@ NVRTC has mostly done so before, and the machine does as PTX says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
@@ -194,8 +195,8 @@ def _div(m: Modifiers) -> Form | None:
     return Form(finished(m, type_, function), (type_, type_), (type_,))
 
 
-def _quotient_difference(rounded, a, b):  # type: ignore[no-untyped-def]
-    return rounded * abs(b) - abs(a) if b else 0
+def _quotient_difference(rounded: Fraction, a: Fraction, b: Fraction) -> Fraction:
+    return rounded * abs(b) - abs(a) if b else b  # infinity is exact then
 
 
 def _div_approx(a: Value, b: Value) -> Value:

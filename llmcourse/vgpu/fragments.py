@@ -220,7 +220,7 @@ def _wmma_plan(instruction: Instruction, target: str) -> FragmentPlan | None:
     requests, places = _plan(layout, by_row, blocks)
     itemsize = layout.bits // 8
     return FragmentPlan(
-        name=".".join((instruction.opcode, *instruction.modifiers[:2])),
+        name=f"wmma::{'store' if store else 'load'}_matrix_sync",
         store=store,
         pointer=pointer,
         stride=operands[2] if len(operands) > 2 else None,

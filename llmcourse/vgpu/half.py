@@ -6,13 +6,13 @@ twice equals rounding once (Figueroa 1995). For a fused multiply-add it is not; 
 float32 result lies half way between two halves are computed again, rounded to odd.
 
 NumPy converts between float16 and float32 one number at a time (160 µs for 65,536); PyTorch's conversions
-use the processor's instruction (6 µs), and are used where PyTorch is there.
+use the processor's instruction (6 µs), and are used where somebody has imported PyTorch.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -68,13 +68,8 @@ def _on_tensors(convert: Callable[[Any], Any], torch: Any) -> Function:
     return in_pieces(apply)
 
 
-@cache
 def _torch() -> ModuleType | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch
+    return sys.modules.get("torch")
 
 
 # ---- arithmetic
@@ -194,13 +189,17 @@ def _min(m: Modifiers) -> Form | None:
 def _special(m: Modifiers) -> Form | None:
     """Through float64, rounded to the half: hardware may be off by a unit or so."""
     type_, pair = _halves(m)
-    m.flag("ftz")  # ex2.approx.ftz.bf16, the only form for bf16
+    flush = m.flag("ftz")
     if not m.flag("approx"):
         return None
     exact = FUNCTIONS[m.instruction.opcode]
+    least = 2.0**-14 if type_ == "f16" else 2.0**-126
 
     def function(a: Value) -> Value:
-        return narrowed(exact(widened(a, type_), dtype=np.float64), type_)
+        result = exact(widened(a, type_))
+        if flush:
+            result = select(np.abs(result) < least, np.copysign(np.float64(0), result), result)
+        return narrowed(result, type_)
 
     return _form(m, function, 1, pair)
 
@@ -212,11 +211,9 @@ def _special(m: Modifiers) -> Form | None:
 def _setp(m: Modifiers) -> Form | None:
     """Of packed halves p|q holds the low and the high result."""
     type_, pair = _halves(m)
-    m.flag("ftz")
-    name = m.take(*FLOAT)
-    if not name:
+    compare = _comparison(m, type_)
+    if compare is None:
         return None
-    compare = _comparison(name, type_)
     if not pair:
         return predicates(m, compare, "u16")
     if not isinstance(m.instruction.operands[0], Pair) or m.take("and", "or", "xor"):
@@ -232,8 +229,15 @@ def _setp(m: Modifiers) -> Form | None:
     return Form(both, ("u32", "u32"), ("pred", "pred"))
 
 
-def _comparison(name: str, type_: str) -> Function:
+def _comparison(m: Modifiers, type_: str) -> Function | None:
+    """The comparison that the modifiers name, on the bits of halves."""
+    flush = m.flag("ftz") and type_ == "f16"
+    name = m.take(*FLOAT)
+    if not name:
+        return None
     compare = FLOAT[name]
+    if flush:
+        return lambda a, b: compare(*(flushed_half(widened(v, type_)) for v in (a, b)))
     return lambda a, b: compare(widened(a, type_), widened(b, type_))
 
 
@@ -242,11 +246,9 @@ def _set(m: Modifiers) -> Form | None:
     """Each comparison as a number: 1.0 for a float result, all ones (of the half) for an integer."""
     result, operand = m.type(), m.type()
     type_, pair = operand.removesuffix("x2"), operand in PACKED_HALVES
-    m.flag("ftz")
-    name = m.take(*FLOAT)
-    if not name:
+    compare = _comparison(m, type_)
+    if compare is None:
         return None
-    compare = _comparison(name, type_)
     if result == operand:
         one = np.uint16(0x3C00 if type_ == "f16" else 0x3F80)
 

@@ -2,7 +2,9 @@
 
 Two's complement makes sums and low products the same for signed and unsigned numbers, so these work on
 unsigned arrays, as registers hold them. Division truncates toward zero; division by zero gives all ones, as
-the routine that ptxas puts there does (PTX leaves it open).
+the routine that ptxas puts there does (PTX leaves it open). The carry flag after a subtraction is the carry
+of a + (not b) + 1, so it is set where nothing was borrowed: PTX calls the flag a borrow then, but on an H100
+`subc` after `add.cc` takes one away where the sum did not carry.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def _add_carry_out(a: Value, b: Value) -> tuple[Value, Value]:
 
 
 def _sub_carry_out(a: Value, b: Value) -> tuple[Value, Value]:
-    return a - b, a < b
+    return a - b, a >= b
 
 
 @form("addc", "subc", types=MACHINE_TYPES)
@@ -74,10 +76,9 @@ def _add_with_carry(a: Value, b: Value, carry: Value) -> tuple[Value, Value]:
     return total, (first < a) | (total < first)
 
 
-def _sub_with_carry(a: Value, b: Value, borrow: Value) -> tuple[Value, Value]:
-    one = borrow.astype(a.dtype)
-    first = a - b
-    return first - one, (a < b) | (first < one)
+def _sub_with_carry(a: Value, b: Value, carry: Value) -> tuple[Value, Value]:
+    """a − b − 1 + carry, which is a + (not b) + carry: what the hardware adds up, and the carry of that."""
+    return _add_with_carry(a, ~b, carry)
 
 
 # ---- products

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from llmcourse.vgpu import flow
+from llmcourse.vgpu.alu import CARRY
 from llmcourse.vgpu.barriers import Barriers
 from llmcourse.vgpu.counters import Counters
 from llmcourse.vgpu.faults import Index3, KernelFault, PtxError
@@ -213,8 +214,9 @@ class Program:
         from llmcourse.vgpu.instructions import compile_instruction
 
         self.kernel = kernel
-        self.index = {name: i for i, name in enumerate(kernel.registers)}
-        self.initial = [DTYPES[kind].type(0) for kind in kernel.registers.values()]
+        registers = kernel.registers | {CARRY.name: CARRY.type}
+        self.index = {name: i for i, name in enumerate(registers)}
+        self.initial = [DTYPES[kind].type(0) for kind in registers.values()]
         self.read = _registers_read(kernel)
         self.shuffles = any(instruction.opcode == "shfl" for instruction in kernel.code)
         self.blocks = flow.blocks_of(kernel)
@@ -234,11 +236,16 @@ class Program:
         self.ends = [kernel.code[b.stop - 1] for b in self.blocks]
         self.guards = [None if e.guard is None else self.fetch(e.guard.register) for e in self.ends]
 
-    def number(self, line: SourceLine | None) -> int:
-        """The main file's line that an instruction counts for: of a header's, the line that used it."""
+    def place(self, line: SourceLine | None) -> SourceLine | None:
+        """The main file's line behind an instruction: of a header's, the line that used it."""
         while line is not None and line.file != self.main_file and line.inlined_at is not None:
             line = line.inlined_at
-        return line.line if line is not None else 0
+        return line
+
+    def number(self, line: SourceLine | None) -> int:
+        """The number of the line that an instruction counts for, 0 if it is not known."""
+        place = self.place(line)
+        return place.line if place is not None else 0
 
     @property
     def main_file(self) -> str:
@@ -373,6 +380,7 @@ class Batch:
                 block_index=self.block_index,
                 thread_index=self.thread_index,
                 symbols=spans,
+                place=program.place,
             )
 
     # ── where lanes are ──
@@ -394,7 +402,7 @@ class Batch:
             what,
             why,
             fix,
-            line=line,
+            line=self.program.place(line),
             block=self.block_index(lane // self.lanes_per_block),
             thread=self.thread_index(lane % self.lanes_per_block),
         )

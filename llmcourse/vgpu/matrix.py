@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmcourse.vgpu.float8 import from_float8
 from llmcourse.vgpu.fragments import Layout, layout_of, shape_of, types_of
 from llmcourse.vgpu.isa import WARP_SIZE, Instruction, Operand, Register, Vector
 from llmcourse.vgpu.warp import Members, Values, WarpFault, WarpOp, bits_of
@@ -67,7 +68,7 @@ def _product(instruction: Instruction) -> WarpOp | None:
     d_type, a_type, b_type, c_type = types
     exact = d_type == "s32"
     saturate = instruction.has("satfinite")
-    name = ".".join((instruction.opcode, f"m{m}n{n}k{k}"))
+    name = "wmma::mma_sync" if instruction.opcode == "wmma" else f"mma.sync.m{m}n{n}k{k}"
 
     def run(members: Members, values: Values) -> tuple[np.ndarray, ...]:
         check_whole_warps(name, members.active)
@@ -144,25 +145,7 @@ def unpack(registers: np.ndarray, type_: str) -> np.ndarray:
             if type_ == "s4"
             else nibbles
         )
-    return FLOAT8[type_][whole.view(np.uint8)]
-
-
-def _float8(exponent_bits: int, mantissa_bits: int, infinities: bool) -> np.ndarray:
-    """The 256 values of an 8-bit float (Micikevicius et al. 2022, arXiv:2209.05433)."""
-    code = np.arange(256)
-    exponent = code >> mantissa_bits & ((1 << exponent_bits) - 1)
-    mantissa = (code & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
-    bias = (1 << exponent_bits - 1) - 1
-    value = np.where(exponent == 0, np.ldexp(mantissa, 1 - bias), np.ldexp(1 + mantissa, exponent - bias))
-    top = exponent == (1 << exponent_bits) - 1
-    if infinities:
-        value = np.where(top, np.where(mantissa == 0, np.inf, np.nan), value)
-    else:
-        value = np.where(top & (code & ((1 << mantissa_bits) - 1) == (1 << mantissa_bits) - 1), np.nan, value)
-    return np.where(code & 128, -value, value).astype(np.float32)
-
-
-FLOAT8 = {"e4m3": _float8(4, 3, infinities=False), "e5m2": _float8(5, 2, infinities=True)}
+    return np.asarray(from_float8(whole.view(np.uint8), f"{type_}x2")).view(np.float16)
 
 
 def _movmatrix(instruction: Instruction) -> WarpOp | None:

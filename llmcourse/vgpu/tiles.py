@@ -33,7 +33,7 @@ def compile_tile(program: Program, instruction: Instruction) -> Step | None:
 
     def accesses(batch: Batch, active: Active, kind: Kind, data: list[np.ndarray] | None) -> list[np.ndarray]:
         """Carry out the requests; return what was loaded, [warps, 32, count] for each."""
-        check_whole_warps(plan.name, active.by_warp())
+        check_whole_warps(plan.name, active.warps_taking_part())
         everyone = replace(active, lanes=None) if active.sparse else active
         step = np.uint64(plan.default_stride) if stride is None else stride(batch, everyone)
         loaded = []

@@ -8,7 +8,7 @@ it, lane by lane, and reports the first use that matters. Only kernels with a sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ def follow(program: Program, instruction: Instruction, step: Step) -> Step:
 
 
 def _selected(
-    batch: Batch, index: dict[str, int], operands: list[object], marks: dict[int, Mark]
+    batch: Batch, index: dict[str, int], operands: Sequence[object], marks: dict[int, Mark]
 ) -> np.ndarray:
     """Undefined lanes of selp d, a, b, p: only the chosen source matters."""
     nothing = np.zeros(batch.count, bool)
@@ -147,15 +147,16 @@ def check(batch: Batch, lanes: np.ndarray, read: list[Mark], user: Instruction) 
 
 def _fault(batch: Batch, lane: int, shuffle: Instruction, user: Instruction) -> KernelFault:
     does = {"bra": "branches on", "st": "stores", "ld": "loads from an address that depends on"}
-    where = f", line {user.line.line}, " if user.line and user.line != shuffle.line else " "
+    here, there = batch.program.number(user.line), batch.program.number(shuffle.line)
+    where = f"line {here}" if here != there else "this line"
     return batch.fault(
         "uninitialised",
-        f"this shuffle reads a lane that takes no part in it, and the thread{where}"
-        f"{does.get(user.opcode, 'uses')} what it got",
+        f"this shuffle reads a lane that takes no part in it, and {where} {does.get(user.opcode, 'uses')} "
+        "what it got",
         "The register of a lane that does not execute the shuffle (it is in another branch, has returned, or "
         "lies beyond the end of the block) is undefined.",
-        "letting every lane of the warp reach the shuffle, with a neutral value such as 0 for a sum, or fewer "
-        "steps: offsets below the number of lanes that take part.",
+        "letting every lane of the warp reach the shuffle (with 0, for a sum), or offsets smaller than the "
+        "number of lanes that take part.",
         shuffle.line,
         lane,
     )

@@ -44,6 +44,7 @@ class WarpFault(Exception):
 class WarpOp:
     """An instruction ready to run on whole warps.
 
+    name           what CUDA C++ calls it, for messages
     sources        operands to evaluate, each as the PTX type at the same place in `source_types`
     destinations   registers that take the results; None for one that the program does not want
     flops          (counter, operations) of one execution by one warp
@@ -277,7 +278,7 @@ def _shfl(instruction: Instruction) -> WarpOp | None:
         return np.take_along_axis(value, source, axis=1), inside
 
     return WarpOp(
-        name=f"shfl.{'sync.' if sync else ''}{mode}",
+        name="__shfl" + {"idx": "", "bfly": "_xor"}.get(mode, f"_{mode}") + ("_sync" if sync else ""),
         sources=instruction.operands[1:],
         source_types=("b32", "u32", "u32", "u32")[: 3 + sync],
         destinations=_registers(instruction.operands[0]),
@@ -328,7 +329,7 @@ def _vote(instruction: Instruction) -> WarpOp | None:
         return (holds == group if mode == "all" else (holds == group) | (holds == 0),)
 
     return WarpOp(
-        name=f"vote.{'sync.' if sync else ''}{mode}",
+        name=f"__{mode}" + ("_sync" if sync else ""),
         sources=instruction.operands[1:],
         source_types=("pred", "u32")[: 1 + sync],
         destinations=_registers(instruction.operands[0])[:1],
@@ -338,7 +339,7 @@ def _vote(instruction: Instruction) -> WarpOp | None:
 
 def _activemask(instruction: Instruction) -> WarpOp:
     return WarpOp(
-        name="activemask",
+        name="__activemask",
         sources=(),
         source_types=(),
         destinations=_registers(instruction.operands[0])[:1],
@@ -387,7 +388,7 @@ def _match(instruction: Instruction) -> WarpOp | None:
         return np.where(same, group, np.uint32(0)), same
 
     return WarpOp(
-        name=f"match.{mode}.sync",
+        name=f"__match_{mode}_sync",
         sources=instruction.operands[1:],
         source_types=(type_, "u32"),
         destinations=_registers(instruction.operands[0])[: 1 if mode == "any" else 2],
@@ -442,7 +443,7 @@ def _redux(instruction: Instruction) -> WarpOp | None:
         return (result,)
 
     return WarpOp(
-        name=f"redux.sync.{operation}",
+        name=f"__reduce_{operation}_sync",
         sources=instruction.operands[1:],
         source_types=(instruction.type, "u32"),
         destinations=_registers(instruction.operands[0])[:1],

@@ -9,17 +9,23 @@ import ipywidgets as W
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from llmcourse.vgpu import requests
 from llmcourse.vgpu.isa import BANKS, SECTOR_BYTES, WARP_SIZE
 from llmcourse.widgets.explorable import Explorable
 
-BLUE, ORANGE, PALE = "#0072B2", "#D55E00", "#EEEEEE"
+BLUE, ORANGE, SAND, PALE, GREY = "#0072B2", "#D55E00", "#F6D9A8", "#F0F0F0", "#BBBBBB"
+LINE_BYTES = 128
+"""A cache line: four sectors, found by one look-up."""
 LAYOUT, STYLE = W.Layout(width="460px"), {"description_width": "150px"}
 
 
+# ------------------------------------------------------------------------------------------- coalescing
+
+
 def coalescing(stride: int, offset: int, nbytes: int) -> tuple[np.ndarray, int]:
-    """(address of each lane, sectors of the request) for lane i loading element offset + i·stride of nbytes."""
+    """(address of each lane, sectors of the request): lane i loads element offset + i·stride of `nbytes`."""
     address = (offset + np.arange(WARP_SIZE) * stride).astype(np.int64) * nbytes
     return address, requests.sectors(address[None])
 
@@ -29,44 +35,25 @@ def coalescing_explorer(stride: int = 1, offset: int = 0, nbytes: int = 4) -> Ex
 
     def draw(stride: int, offset: int, nbytes: int) -> Figure:
         address, sectors = coalescing(stride, offset, nbytes)
-        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        figure = Figure(figsize=(8, 4.4), layout="constrained")
         axes = figure.subplots()
-        touched = np.unique(address // SECTOR_BYTES)
-        for sector in touched:
-            axes.add_patch(_box(sector * SECTOR_BYTES, SECTOR_BYTES, ORANGE, 0.25))
-        for lane, start in enumerate(address):
-            axes.add_patch(_box(start, nbytes, BLUE, 0.9))
-            axes.plot(
-                [start + nbytes / 2, _lane_x(lane, address, nbytes)], [1, 2.4], color=BLUE, lw=0.5, alpha=0.6
-            )
-            axes.text(
-                _lane_x(lane, address, nbytes),
-                2.5,
-                str(lane),
-                ha="center",
-                fontsize=6.5,
-                family="DejaVu Sans Mono",
-            )
-        low, high = int(touched[0]) * SECTOR_BYTES, int(touched[-1] + 1) * SECTOR_BYTES
-        axes.set_xlim(low - (high - low) * 0.02, high + (high - low) * 0.02)
-        axes.set_ylim(-0.2, 3)
-        axes.set_yticks([0.5, 2.6], ["memory", "lane"])
-        axes.set_xlabel(
-            "byte address; orange: sectors of 32 bytes that move, blue: bytes that were asked for"
-        )
+        lines = np.unique(address // LINE_BYTES)
+        _draw_lines(axes, lines, np.unique(address // SECTOR_BYTES))
+        _draw_lanes(axes, lines, address, nbytes)
         used = len(np.unique(address)) * nbytes
         moved = sectors * SECTOR_BYTES
+        moves = f"{sectors} sector{'' if sectors == 1 else 's'} in one request"
         axes.set_title(
-            f"stride {stride}, offset {offset}, {nbytes} bytes: {sectors} sectors in one request; "
-            f"{used} of {moved} bytes moved are used ({used / moved:.0%})",
+            f"lane i loads element {offset} + {stride}·i of {nbytes} byte{'' if nbytes == 1 else 's'}: "
+            f"{moves}, {moved:,} bytes move, {used / moved:.1%} used",
             fontsize=10,
         )
-        axes.spines[["top", "right", "left"]].set_visible(False)
         return figure
 
     return Explorable(
         draw,
-        "Raise the stride until every lane has a sector of its own; then shift the offset by one and count again.",
+        "Each row is a cache line of four sectors; numbers are lanes, sand-coloured sectors move. Raise the "
+        "stride until every lane has a sector of its own; then go back to 1 and shift the offset by one.",
         stride=W.IntSlider(
             stride, min=0, max=32, description="stride (elements)", layout=LAYOUT, style=STYLE
         ),
@@ -77,6 +64,56 @@ def coalescing_explorer(stride: int = 1, offset: int = 0, nbytes: int = 4) -> Ex
             options=[1, 2, 4, 8, 16], value=nbytes, description="bytes an element", layout=LAYOUT, style=STYLE
         ),
     )
+
+
+def _draw_lines(axes: Axes, lines: np.ndarray, touched: np.ndarray) -> None:
+    """One row for each cache line that is touched, its touched sectors filled."""
+    per_line = LINE_BYTES // SECTOR_BYTES
+    for row, line in enumerate(lines):
+        for sector in range(per_line):
+            moves = line * per_line + sector in touched
+            axes.add_patch(
+                Rectangle(
+                    (sector * SECTOR_BYTES, row),
+                    SECTOR_BYTES,
+                    0.86,
+                    facecolor=SAND if moves else PALE,
+                    edgecolor=GREY,
+                    linewidth=0.8,
+                )
+            )
+    axes.set_xlim(0, LINE_BYTES)
+    axes.set_ylim(max(len(lines), 4), 0)
+    every = -(-len(lines) // 8)  # labels that do not overlap
+    axes.set_yticks(
+        np.arange(0, len(lines), every) + 0.43, [f"{line * LINE_BYTES:,}" for line in lines[::every]]
+    )
+    axes.set_ylabel("address of the line")
+    axes.set_xticks(range(0, LINE_BYTES + 1, SECTOR_BYTES))
+    axes.set_xlabel("byte within the cache line")
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.spines[:].set_visible(False)
+
+
+def _draw_lanes(axes: Axes, lines: np.ndarray, address: np.ndarray, nbytes: int) -> None:
+    """A blue box for each element that is asked for, with the lanes that ask."""
+    height = 0.86
+    for start in np.unique(address):
+        row = int(np.searchsorted(lines, start // LINE_BYTES))
+        lanes = np.flatnonzero(address == start)
+        x = start % LINE_BYTES
+        axes.add_patch(Rectangle((x, row), nbytes, height, facecolor=BLUE, edgecolor="white", linewidth=0.3))
+        text = str(lanes[0]) if len(lanes) == 1 else "all"
+        crowded = nbytes == 1 and lanes[0] % 4 and len(np.unique(address)) > WARP_SIZE // 4
+        if not crowded:
+            size = 6.5 if nbytes > 2 else 5
+            axes.text(
+                x + nbytes / 2, row + height / 2, text, color="white", fontsize=size, ha="center", va="center"
+            )
+
+
+# ---------------------------------------------------------------------------------------- bank conflicts
 
 
 def bank_conflicts(width: int, step: int) -> tuple[np.ndarray, int]:
@@ -95,59 +132,52 @@ def bank_conflict_explorer(width: int = 32, step: int = 0) -> Explorable:
 
     def draw(width: int, step: int) -> Figure:
         words, passes = bank_conflicts(width, step)
-        figure = Figure(figsize=(8, 3.4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
-        bank = words % BANKS
-        _tile(left, width, words)
-        counts = np.bincount(bank[np.unique(words, return_index=True)[1]], minlength=BANKS)
-        right.bar(range(BANKS), counts, color=[ORANGE if c > 1 else BLUE for c in counts], width=0.8)
-        right.set_xlabel("bank")
-        right.set_ylabel("different words wanted")
-        right.set_ylim(0, max(4, counts.max() + 1))
-        right.set_xticks(range(0, BANKS, 4))
-        right.spines[["top", "right"]].set_visible(False)
+        figure = Figure(figsize=(8, 5.6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, height_ratios=[3.6, 1], sharex=True)
+        counts = np.bincount(words % BANKS, minlength=BANKS)
+        _draw_banks(top, width, words, counts)
+        bottom.bar(range(BANKS), counts, color=[ORANGE if c > 1 else BLUE for c in counts], width=0.8)
+        bottom.set_ylabel("words wanted")
+        bottom.set_ylim(0, max(4, counts.max() + 1))
+        bottom.set_yticks([0, max(4, counts.max())])
+        bottom.set_xticks(range(0, BANKS, 4))
+        bottom.set_xlabel("bank")
+        for axes in (top, bottom):
+            axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(
-            f"rows of {width} words: {passes} wavefront{'s' if passes > 1 else ''}, {passes - 1} of them conflicts",
+            f"rows of {width} words, lane i reads column {'0' if not step else f'{step}·i'}: "
+            f"{passes} wavefront{'s' if passes > 1 else ''}, {passes - 1} of them conflicts",
             fontsize=10,
         )
         return figure
 
     return Explorable(
         draw,
-        "A column of a 32-word-wide tile lies in one bank. Widen the rows by one word of padding and look again.",
+        "Shared memory as it is, 32 banks wide; the tile's rows are shaded in turns, numbers are lanes. A "
+        "column of a 32-word-wide tile lies in one bank: widen the rows by one word and look again.",
         width=W.IntSlider(width, min=24, max=40, description="row width (words)", layout=LAYOUT, style=STYLE),
         step=W.IntSlider(step, min=0, max=4, description="step along the row", layout=LAYOUT, style=STYLE),
     )
 
 
-def _tile(axes: Axes, width: int, words: np.ndarray) -> None:
-    """The first rows of the tile as a grid of banks, the wanted words marked."""
-    rows = min(WARP_SIZE, 16)
-    banks = (np.arange(rows)[:, None] * width + np.arange(width)) % BANKS
+def _draw_banks(axes: Axes, width: int, words: np.ndarray, counts: np.ndarray) -> None:
+    """Shared memory, BANKS words a line: the tile's rows in alternating greys, the wanted words by lane."""
+    depth = int(words.max()) // BANKS + 1
+    tile_row = np.arange(depth * BANKS).reshape(depth, BANKS) // width
     axes.imshow(
-        banks, cmap="twilight", vmin=0, vmax=BANKS, aspect="auto", interpolation="nearest", alpha=0.75
+        np.where(tile_row % 2, 0.86, 0.95),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
     )
-    for row in range(rows):
-        axes.add_patch(_cell(int(words[row]) - row * width, row))
-    axes.set_xlabel("column (colour: bank)")
-    axes.set_ylabel("row = lane")
-    axes.set_xlim(-0.5, width - 0.5)
-
-
-def _cell(column: int, row: int):  # type: ignore[no-untyped-def]
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.8)
-
-
-def _box(start: float, width: float, colour: str, alpha: float):  # type: ignore[no-untyped-def]
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((start, 0), width, 1, facecolor=colour, alpha=alpha, edgecolor="white", linewidth=0.4)
-
-
-def _lane_x(lane: int, address: np.ndarray, nbytes: int) -> float:
-    """Lane labels are spread evenly over the width of the picture."""
-    low = address.min() // SECTOR_BYTES * SECTOR_BYTES
-    high = ((address.max() + nbytes - 1) // SECTOR_BYTES + 1) * SECTOR_BYTES
-    return float(low + (lane + 0.5) * (high - low) / WARP_SIZE)
+    for lane, word in enumerate(words):
+        line, bank = divmod(int(word), BANKS)
+        colour = ORANGE if counts[bank] > 1 else BLUE
+        axes.add_patch(
+            Rectangle((bank - 0.5, line - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.4)
+        )
+        axes.text(bank, line, str(lane), color="white", fontsize=6, ha="center", va="center")
+    axes.set_ylabel(f"line of {BANKS} words")
+    axes.tick_params(labelbottom=False)

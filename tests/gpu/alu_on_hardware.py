@@ -52,6 +52,8 @@ class Outcome:
     different: int
     units: int
     """The largest distance in units in the last place of a float result; 2⁶² if only one side is a number."""
+    apart: float = 0.0
+    """The largest difference of a float result, relative beyond 1: |a − b| / max(1, |b|)."""
     examples: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -331,9 +333,7 @@ def kernel(one: Case) -> str:
     body += [f"{one.text};"]
     for place, reg in enumerate(results, len(sources)):
         if reg == CARRY:
-            keeps = "addc" if one.text.startswith(("add", "mad")) else "subc"
-            body += [f"{keeps}.u32 %t, 0, 0;", "cvt.u16.u32 %h, %t;", "and.b16 %h, %h, 1;"]
-            body += [f"st.global.u8 [%a{place}], %h;"]
+            body += ["addc.u32 %t, 0, 0;", "cvt.u16.u32 %h, %t;", f"st.global.u8 [%a{place}], %h;"]
         elif reg.type == "pred":
             body += [f"selp.u16 %h, 1, 0, {reg.name};", f"st.global.u8 [%a{place}], %h;"]
         else:
@@ -407,7 +407,7 @@ def compared(
     one: Case, values: list[np.ndarray], ours: list[np.ndarray], theirs: list[np.ndarray]
 ) -> Outcome:
     different = np.zeros(len(values[0]), bool)
-    units = 0
+    units, apart = 0, 0.0
     for mine, other in zip(ours, theirs, strict=True):
         a, b = (np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}") for x in (mine, other))
         unequal = a != b
@@ -421,9 +421,10 @@ def compared(
                 unequal_here[at] = True
                 different |= unequal_here
                 units = max([units, *(_distance(f, here[i], there[i]) for i in at)])
+                apart = max([apart, *(_apart(f, here[i], there[i]) for i in at)])
         else:
             different |= unequal
-    outcome = Outcome(len(values[0]), int(different.sum()), units)
+    outcome = Outcome(len(values[0]), int(different.sum()), units, apart)
     for lane in np.flatnonzero(different)[:4]:
         outcome.examples.append(
             {
@@ -443,6 +444,12 @@ def _distance(f: Format, a: int, b: int) -> int:
     if f.is_nan(a) or f.is_nan(b) or f.is_infinite(a) or f.is_infinite(b):
         return 1 << 62
     return abs(_ordered(f, a) - _ordered(f, b))
+
+
+def _apart(f: Format, a: int, b: int) -> float:
+    if any(f.is_nan(x) or f.is_infinite(x) for x in (a, b)):
+        return float("inf")
+    return float(abs(f.value(a) - f.value(b)) / max(1, abs(f.value(b))))
 
 
 def _ordered(f: Format, bits: int) -> int:

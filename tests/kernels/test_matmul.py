@@ -174,6 +174,14 @@ def test_the_grouped_order_needs_fewer_bytes_at_a_time():
     assert grouped == (8 + 17) * 128 * 8192 * 2
 
 
+def test_the_waves_together_are_all_tiles_once():
+    config = Config(128, 256, 64, 8, 3)
+    for group_m in (1, 8):
+        waves = [plan.wave_tiles(1000, 3000, config, programs=13, group_m=group_m, wave=w) for w in range(8)]
+        assert [len(w) for w in waves] == [13] * 7 + [5]
+        assert sorted(sum(waves, [])) == sorted(itertools.product(range(8), range(12)))
+
+
 # planning
 
 
@@ -207,6 +215,14 @@ def test_the_plan_sees_what_a_descriptor_cannot_hold():
     assert pick(base[:, :512], weight, capability=90).rung == "persistent"
     odd = torch.empty(512, 511, dtype=torch.bfloat16)
     assert "out's lines" in pick(base[:, :512], weight[:, :511], odd, capability=90).why
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_the_plan_sees_that_a_new_result_would_not_fit_a_descriptor(dtype):
+    """b.T has lines of K elements, however odd N is; the result's are N elements apart."""
+    a, weight = torch.empty(512, 512, dtype=dtype), torch.empty(500, 512, dtype=dtype)
+    assert "the result's lines are 500 elements (1000 bytes)" in pick(a, weight.T, capability=90).why
+    assert pick(a, weight.T, out_itemsize=4, capability=90).rung == "persistent"
 
 
 def test_fp8_needs_its_contiguous_k_and_a_device_that_has_it():

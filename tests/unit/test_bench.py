@@ -119,3 +119,23 @@ def test_a_later_chapter_adds_a_rung_by_adding_it_to_the_list(tiny):
     assert rows[1].same_tokens == 4  # the KV cache keeps every token
     assert rows[0].bytes < rows[1].bytes  # and takes memory
     assert all(r.rounds == 2 and r.tpot_ms > 0 and r.new_tokens == 4 for r in rows)
+
+
+def test_a_run_of_all_benchmarks_leaves_out_those_that_need_a_gpu(monkeypatch, capsys):
+    import llmcourse.bench as bench
+
+    monkeypatch.setattr(bench, "BENCHMARKS", {"streams": "needs one"})
+    assert command([], device="cpu", out=None, list_only=False) == 0
+    assert "streams: left out, it needs a GPU" in capsys.readouterr().out
+    with pytest.raises(CourseError, match="NVIDIA GPU"):
+        command(["streams"], device="cpu", out=None, list_only=False)
+
+
+def test_a_table_of_rows_leaves_lists_and_whole_programs_to_the_record():
+    from llmcourse.bench import text_of
+
+    text = text_of([{"name": "a", "us": 1.5, "spans": [1, 2]}, {"name": "b", "program": "copy\nkernel"}])
+    assert "name" in text
+    assert "1.5" in text
+    assert "spans" not in text
+    assert "copy" not in text

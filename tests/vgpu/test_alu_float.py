@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -81,6 +82,15 @@ def test_fma_is_right_where_float64_lands_half_way(way):
 
 
 @pytest.mark.parametrize("way", [fused.fma_f32, fused.fma_f32_by_float64])
+def test_fma_is_right_half_way_between_subnormal_numbers(way):
+    # 2^-150 (1 − 2^-46) is a hair below half the distance of subnormal numbers.
+    factors = np.float32(2.0**-75 * (1 + 2.0**-23)), np.float32(2.0**-75 * (1 - 2.0**-23))
+    odd = np.float32(2.0**-127 + 2.0**-149)
+    lanes = [np.full(5, x) for x in (*factors, odd)]
+    assert (way(*lanes) == odd).all()
+
+
+@pytest.mark.parametrize("way", [fused.fma_f32, fused.fma_f32_by_float64])
 def test_every_way_to_fuse_float32_agrees_with_rationals(way):
     random = np.random.default_rng(5)
     n = 400
@@ -107,13 +117,16 @@ def test_every_way_to_fuse_float64_agrees_with_rationals(way):
     n = 300
     a, b, c = (random.standard_normal(n) for _ in range(3))
     scale = 2.0 ** random.integers(-1000, 1000, n)
-    for lanes in (
+    tiny = a * 2.0**-1000
+    sets = [
         (a, b, c),
         (a, b, -(a * b)),
         (a * scale, b, c * scale),
         (a * scale, b * scale, c),
         (a, b, c * scale),
-    ):
+        (tiny, b, -(tiny * b)),
+    ]
+    for lanes in sets:
         with np.errstate(all="ignore"):
             got = way(*lanes).view(np.uint64)
         rows = zip(*(x.view(np.uint64).tolist() for x in lanes), strict=True)
@@ -166,6 +179,8 @@ def test_minimum_and_maximum_order_zeros_and_treat_nan_as_asked(opcode, type_, n
         return (min if opcode == "min" else max)(a, b, key=key)
 
     text = f"{opcode}{nan}.{type_} {letter}0, {letter}1, {letter}2"
+    zeros = grid([0, f.sign, f.nan, 1], [0, f.sign, f.nan, 1 | f.sign])
+    compare_floats(text, zeros, expected, f)
     compare_floats(text, columns(f, 2), expected, f)
 
 
@@ -191,7 +206,8 @@ def test_testp_tells_the_classes_of_numbers_apart(type_):
         "infinite": f.is_infinite,
         "number": lambda a: not f.is_nan(a),
         "notanumber": f.is_nan,
-        "normal": lambda a: bool(a & f.infinity) and (a & f.infinity) != f.infinity,
+        # Zero is normal on an H100: neither subnormal nor infinite nor NaN.
+        "normal": lambda a: (bool(a & f.infinity) or not a & ~f.sign) and (a & f.infinity) != f.infinity,
         "subnormal": lambda a: not a & f.infinity and bool(a & ~f.sign),
     }
     for name, holds in classes.items():
@@ -203,8 +219,6 @@ APPROXIMATE = {
     "ex2.approx.f32": np.exp2,
     "ex2.approx.ftz.f32": np.exp2,
     "lg2.approx.f32": np.log2,
-    "sin.approx.f32": np.sin,
-    "cos.approx.ftz.f32": np.cos,
     "tanh.approx.f32": np.tanh,
     "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x),
     "rcp.approx.ftz.f32": lambda x: 1 / x,
@@ -229,6 +243,36 @@ def test_approximations_are_within_a_unit_of_the_truth(text):
         close = np.abs(got.astype(np.float64) - narrow) <= unit
     same = (got == narrow) | (np.isnan(got) & np.isnan(narrow))
     assert (same | close).all(), x[~(same | close)]
+
+
+@pytest.mark.parametrize(("name", "exact"), [("sin", np.sin), ("cos", np.cos)])
+def test_sines_are_as_near_as_ptx_states_within_a_turn(name, exact):
+    x = np.linspace(-np.pi, np.pi, 5001).astype(np.float32)
+    got = compiled(f"{name}.approx.f32 %f0, %f1").apply(x)
+    assert np.abs(got - exact(x.astype(np.float64))).max() <= 2.0**-20.5
+
+
+def test_sines_are_taken_of_turns_in_float32():
+    """As on an H100: the angle over 2π is rounded toward zero and flushed before the sine is taken."""
+    tiny, least = np.float32(2.0**-149), np.float32(2.0**-126)
+    sine, cosine = (compiled(f"{name}.approx.f32 %f0, %f1") for name in ("sin", "cos"))
+    with np.errstate(all="ignore"):
+        small = sine.apply(np.array([tiny, -tiny, least, np.float32(6.5) * least]))
+        assert small.tolist() == [0, 0, 0, pytest.approx(float(6.5 * least), rel=1e-6)]
+        assert np.signbit(small).tolist() == [False, True, False, False]
+        x = columns(F32, 1)[0]
+        values = np.array(x, np.uint32).view(np.float32)
+        got = sine.apply(values), cosine.apply(values)
+        for angle, s, c in zip(values, *got, strict=True):
+            if not np.isfinite(angle):
+                assert np.isnan(s)
+                assert np.isnan(c)
+                continue
+            exact = Fraction(float(angle)) * Fraction(float(np.float32(0.15915494)))
+            turns = Fraction(float(np.array(F32.round(exact, "rz"), np.uint32).view(np.float32)))
+            part = float(turns - math.floor(turns)) * 2 * math.pi
+            assert abs(s - math.sin(part)) < 1e-7
+            assert abs(c - math.cos(part)) < 1e-7
 
 
 def test_coarse_reciprocals_keep_the_upper_word_and_newton_makes_them_exact():

@@ -71,6 +71,12 @@ def test_fused_multiply_add_is_right_where_float32_lands_half_way(type_):
     big = f.round(Fraction(2) ** (7 if type_ == "f16" else 60))
     for scale in (-6, -7, -20):
         rows.append((f.round(Fraction(2) ** scale * above), f.round(above), big))
+    if type_ == "f16":  # half way between subnormal numbers
+        rows.append(
+            tuple(
+                f.round(Fraction(x)) for x in (2**-12 * (1 + 2**-10), 2**-13 * (1 - 2**-10), 2**-15 + 2**-24)
+            )
+        )
     lanes = [list(column) for column in zip(*rows, strict=True)]
     compare_floats(f"fma.rn.{type_} {operands(4)}", lanes, lambda *s: ieee(f, "fma", s), f)
 
@@ -105,6 +111,8 @@ def test_relu_and_saturation(type_):
 
 
 def test_ftz_flushes_subnormal_halves():
+    compare("setp.eq.ftz.f16 %p0, %rs0, %rs1", [[1, 1, 0x400], [2, 0x8000, 0x401]], lambda a, b: int(a == 1))
+    compare("ex2.approx.ftz.bf16 %rs0, %rs1", [[0xC2FC, 0xC2FE]], lambda a: 0x0080 * (a == 0xC2FC))
     for name in ("add", "sub", "mul"):
         compare_floats(
             f"{name}.ftz.f16 {operands(3)}",
@@ -140,6 +148,8 @@ def test_extremes(opcode, type_, nan):
 
         return (min if opcode == "min" else max)(a, b, key=key)
 
+    zeros = grid([0, f.sign, f.nan, 1], [0, f.sign, f.nan, 1 | f.sign])
+    compare_floats(f"{opcode}{nan}.{type_} {operands(3)}", zeros, expected, f)
     compare_floats(f"{opcode}{nan}.{type_} {operands(3)}", columns(f, 2), expected, f)
     check_pair(f"{opcode}{nan}.{type_}x2", f, 2, expected)
 

@@ -110,7 +110,7 @@ def test_carries_chain_into_sums_of_any_width(bits):
     modulus = 1 << bits
     two = columns(bits, bits)
     compare(f"add.cc.u{bits} {r}0, {r}1, {r}2", two, lambda a, b: ((a + b) % modulus, a + b >> bits))
-    compare(f"sub.cc.u{bits} {r}0, {r}1, {r}2", two, lambda a, b: ((a - b) % modulus, int(a < b)))
+    compare(f"sub.cc.u{bits} {r}0, {r}1, {r}2", two, lambda a, b: ((a - b) % modulus, int(a >= b)))
     three = grid(integers(bits, 20), integers(bits, 20, 1), [0, 1])
     compare(
         f"addc.cc.u{bits} {r}0, {r}1, {r}2",
@@ -120,10 +120,10 @@ def test_carries_chain_into_sums_of_any_width(bits):
     compare(
         f"subc.cc.u{bits} {r}0, {r}1, {r}2",
         three,
-        lambda a, b, c: ((a - b - c) % modulus, int(a - b - c < 0)),
+        lambda a, b, c: ((a - b - 1 + c) % modulus, int(a - b - 1 + c >= 0)),
     )
     compare(f"addc.u{bits} {r}0, {r}1, {r}2", three, lambda a, b, c: (a + b + c) % modulus)
-    compare(f"subc.s{bits} {r}0, {r}1, {r}2", three, lambda a, b, c: (a - b - c) % modulus)
+    compare(f"subc.s{bits} {r}0, {r}1, {r}2", three, lambda a, b, c: (a - b - 1 + c) % modulus)
 
 
 def test_carrying_multiply_adds_build_a_128_bit_product():

@@ -135,6 +135,16 @@ def test_structures_and_vectors_by_value() -> None:
     np.testing.assert_array_equal(out, [1.5, 7, 2.5, 5.5, 1, -3])
 
 
+def test_what_a_kernel_writes_between_a_views_elements_comes_back_from_a_copy(saxpy: cuda.Kernel) -> None:
+    """A tensor of a GPU on the machine: the kernel knows no strides, and writes side by side."""
+    there, here = torch.zeros(200), torch.zeros(200)
+    saxpy[1, 128](torch.ones(100), here[::2], 3.0, 100)
+    copies, bound = ([cuda.Argument("y", t, t[::2])] for t in (here, there))
+    cuda._copy_back(copies, bound)
+    assert there[:100].eq(3).all()
+    assert there[100:].eq(0).all()
+
+
 def test_a_view_is_its_own_memory_and_keeps_its_alignment(saxpy: cuda.Kernel) -> None:
     whole = torch.zeros(513)
     shifted = whole[1:]
@@ -493,9 +503,16 @@ def test_cuda_core_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         native.core()
 
 
-def test_compiling_does_not_wait_for_torch() -> None:
-    code = (
-        f"import sys\nfrom llmcourse.vgpu import cuda\ncuda.compile({SAXPY!r}).saxpy\n"
-        "assert cuda.device() == 'cuda' or 'torch' not in sys.modules"
-    )
+def test_neither_compiling_nor_running_on_arrays_waits_for_torch() -> None:
+    code = f"""
+import sys
+import numpy as np
+from llmcourse.vgpu import cuda
+saxpy = cuda.compile({SAXPY!r}).saxpy
+on_gpu = cuda.device() == "cuda"
+x, y = np.ones(20_000, "f4"), np.ones(20_000, "f4")
+saxpy[80, 256](x, y, 2.0, 20_000, where="machine")
+assert (y == 3).all()
+assert on_gpu or "torch" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

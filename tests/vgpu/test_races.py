@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from running import run
 
-from llmcourse.vgpu import races
+from llmcourse.vgpu import patterns, races, written
 from llmcourse.vgpu.faults import KernelFault
 from llmcourse.vgpu.isa import Instruction, SourceLine
 from llmcourse.vgpu.races import SharedMonitor
@@ -201,19 +202,21 @@ def compare(expected: set, act) -> set:
     return expected
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_the_monitor_finds_just_what_a_search_of_all_pairs_finds(seed):
     rng = random.Random(seed)
-    kinds = [next(iter(random_program(rng)), ("clean",))[0] for _ in range(40)]
+    kinds = [next(iter(random_program(rng)), ("clean",))[0] for _ in range(30)]
     assert {"race", "clean"} <= set(kinds)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_the_same_in_small_pieces_and_with_a_short_memory(seed, monkeypatch):
     monkeypatch.setattr(races, "CHUNK", 200)
+    monkeypatch.setattr(written, "CHUNK", 200)
     monkeypatch.setattr(races, "REMEMBERED", 2)
+    monkeypatch.setattr(patterns, "REMEMBERED", 2)
     rng = random.Random(100 + seed)
-    for _ in range(40):
+    for _ in range(25):
         random_program(rng, steps=20)
 
 
@@ -278,6 +281,26 @@ def test_lanes_of_one_warp_need_a_syncwarp_although_they_run_in_step():
     assert "The lanes of a warp need not run in step" in fault.why
 
 
+def test_where_warps_and_lanes_both_race_the_barrier_that_cures_both_is_named():
+    m = monitor()
+    m.access("store", OWN, 0, 4, None, at(5), TID)
+    m.access("load", 4 * ((TID + 1) % T), 0, 4, None, at(7))
+    fault = found(m.finish)
+    assert fault.thread == (31, 0, 0)
+    assert "__syncthreads() between line 5 and line 7" in fault.fix
+
+
+def test_a_race_on_one_line_says_on_which_side_of_it_the_barrier_goes():
+    m = monitor()
+    m.access("load", 4 * ((TID + 32) % T), 0, 4, None, at(7))
+    m.access("store", OWN, 0, 4, None, at(7), TID)
+    assert "splitting the line" in found(m.finish).fix
+    m = monitor()
+    m.access("store", OWN, 0, 4, None, at(7), TID)
+    m.access("load", 4 * ((TID + 32) % T), 0, 4, None, at(7))
+    assert "after line 7, before the loop comes back" in found(m.finish).fix
+
+
 def test_a_syncwarp_orders_no_other_warp():
     m = monitor()
     m.access("store", OWN, 0, 4, None, at(5), TID)
@@ -303,6 +326,15 @@ def test_equal_values_in_the_block_that_stands_for_all_excuse_no_other_block():
     value[5 * T + 40] = 1
     m.access("store", np.uint32(0), 0, 4, None, at(8), value)
     assert found(m.barrier).block == (5, 0, 0)
+
+
+@pytest.mark.parametrize("odd", range(B))
+def test_a_block_in_which_another_thread_takes_part_is_looked_at_by_itself(odd):
+    m = monitor()
+    block = np.arange(B * T) // T
+    m.access("store", np.uint32(0), 0, 4, np.flatnonzero(np.where(block == odd, 5, 0) == TID), at(5), TID)
+    m.access("load", np.uint32(0), 0, 4, np.flatnonzero(TID == 0), at(7))
+    assert found(m.barrier).block == (odd, 0, 0)
 
 
 def test_atomics_race_with_loads_and_stores_but_not_with_each_other():
@@ -348,6 +380,18 @@ def test_a_verdict_on_one_epoch_is_not_taken_for_another_of_other_offsets():
     assert found(m.barrier).kind == "race"
 
 
+def test_an_array_that_takes_another_s_place_is_not_taken_for_it():
+    for _ in range(20):
+        m = monitor()
+        m.access("store", OWN.copy(), 0, 4, None, at(2), TID)
+        m.access("load", 4 * ((TID + 32) % T), 0, 4, None, at(3))
+        assert found(m.barrier).kind == "race"
+        m = monitor()
+        m.access("store", OWN.copy(), 0, 4, np.flatnonzero(TID < 32), at(2), TID)
+        m.access("store", OWN.copy(), 4, 4, np.flatnonzero(TID < 33), at(3), TID)
+        assert found(m.barrier).kind == "race"
+
+
 def test_a_load_repeated_after_a_syncwarp_counts_again():
     m = monitor()
     one, two = np.flatnonzero(TID == 1), np.flatnonzero(TID == 0)
@@ -372,6 +416,35 @@ def test_blocks_may_pass_a_barrier_at_different_times():
     assert (fault.line.line, fault.block) == (6, (0, 0, 0))
 
 
+LOOP = """
+__global__ void k(float* x, int n) {
+  __shared__ float s[64];
+  int t = threadIdx.x, b = blockIdx.x;
+  if (b == 4 || b == 9) return;
+  float v = 0;
+  for (int i = 0; i <= b - b / 3 * 3; ++i) {
+    s[t] = x[b * 64 + t] + i;
+    __syncthreads();
+    v += s[63 - t];
+    %s
+  }
+  x[b * 64 + t] = v;
+}"""
+
+
+def test_blocks_that_pass_different_numbers_of_barriers_are_told_apart():
+    x = np.arange(640, dtype="f4")
+    want = x.reshape(10, 64).copy()
+    for b, row in enumerate(want):
+        if b not in (4, 9):
+            row[:] = sum(row[::-1] + i for i in range(b % 3 + 1))
+    run(LOOP % "__syncthreads();", 10, 64, x, 0)
+    np.testing.assert_array_equal(x.reshape(10, 64), want)
+    fault = found(run, LOOP % "", 10, 64, x, 0)
+    assert (fault.kind, fault.block, fault.line.line) == ("race", (1, 0, 0), 8)
+    assert "read at kernel.cu:10" in fault.what
+
+
 def test_a_block_that_has_ended_does_not_hold_up_the_others():
     m = monitor()
     rest = np.arange(B) > 1
@@ -383,12 +456,12 @@ def test_a_block_that_has_ended_does_not_hold_up_the_others():
     m.finish()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_forgetting_repeated_accesses_of_unlike_blocks_forgets_no_race(seed, monkeypatch):
-    monkeypatch.setattr(races, "CHUNK", 40)
+    monkeypatch.setattr(races, "CHUNK", 100)
     rng = np.random.default_rng(seed)
     verdicts = set()
-    for _ in range(25):
+    for _ in range(40):
         m, truth = SharedMonitor(2, 64, 64), AllPairs(2, 64, 64)
         lanes, everywhere = np.arange(128), np.arange(0, 64, 4)
         for a in everywhere:
@@ -410,6 +483,9 @@ def test_forgetting_repeated_accesses_of_unlike_blocks_forgets_no_race(seed, mon
                 warps = rng.random(4) < 0.5
                 m.warp_barrier(warps)
                 truth.epoch = [e + bool(w) for e, w in zip(truth.epoch, warps, strict=True)]
+        if rng.random() < 0.5:
+            m.warp_barrier(None)
+            truth.epoch = [e + 1 for e in truth.epoch]
         one = rng.integers(0, 128, 1)
         target = np.where(rng.random() < 0.7, lanes % 64 // width % 16, rng.integers(0, 16, 128)) * 4
         m.access("store", target, 0, 4, one, at(99), np.uint32(1))
@@ -426,7 +502,7 @@ def test_a_tiled_matmul_of_256_blocks_costs_little():
     best = 9.0
     for _ in range(3):
         m = SharedMonitor(blocks, 2048, threads)
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(16):
             m.access("store", own, 0, 4, None, at(10), tid)
             m.access("store", own, 1024, 4, None, at(11), tid)
@@ -436,5 +512,5 @@ def test_a_tiled_matmul_of_256_blocks_costs_little():
                 m.access("load", column, 64 * k, 4, None, at(13))
             m.barrier(None)
         m.finish()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best < 0.15

@@ -1,4 +1,4 @@
-"""Exercise `launch_shape`: how many blocks an SM holds, and how many a grid-stride kernel is launched with."""
+"""Exercise `launch_shape`: how many blocks an SM holds, and with how many a kernel is launched."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ launch_shape = Exercise(
         "           of a grid-stride launch: no more than are resident on the whole GPU at once,",
         "           nor than n elements need. Both are 0 if a block does not fit",
     ),
-    formula="blocks_per_sm = min over warps, blocks, registers, shared;  grid = min(⌈n / threads⌉, sms · that)",
+    formula="blocks_per_sm = min over the four resources;  grid = min(⌈n / threads⌉, sms · blocks_per_sm)",
     difficulty=3,
     importance=4,
     minutes=30,
     points=5,
     hints=(
-        "An SM of the A100 has 64 warp slots, 32 block slots, 65,536 registers and 164 KiB of shared memory. "
-        "A block has 96 threads of 40 registers and takes no shared memory. How many blocks fit by each of the "
-        "four alone? Which of the four is used up first?",
-        "Each resource gives a number of blocks by itself; the smallest holds. Count in warps: 48 threads take "
-        "2 warp slots, and the registers of 2 warps. For registers, first see how many warps one partition "
-        "holds, then how many warps the SM holds, then how many blocks that makes. A resource of which the "
-        "kernel takes nothing sets no limit.",
-        "up = lambda a, unit: -(-a // unit) * unit. warps = -(-threads // 32). One warp takes w = up(registers "
-        "* 32, register_unit); warps of an SM by registers: registers_of_the_SM // partitions // w * partitions. "
-        "Shared: a block takes up(shared + shared_reserved, shared_unit). Then min(-(-n // threads), sms * blocks_per_sm).",
+        "An SM of the A100 has 64 warp slots, 32 block slots, 65,536 registers and 164 KiB of shared "
+        "memory. A block has 96 threads of 40 registers and takes no shared memory. How many blocks fit by "
+        "each of the four alone? Which of the four is used up first?",
+        "Each resource gives a number of blocks by itself; the smallest holds. Count in warps: 48 threads "
+        "take 2 warp slots, and the registers of 2 warps. For registers, first see how many warps one "
+        "partition holds, then how many warps the SM holds, then how many blocks that makes. A resource of "
+        "which the kernel takes nothing sets no limit.",
+        "up = lambda a, unit: -(-a // unit) * unit. warps = -(-threads // 32). One warp takes w = "
+        "up(registers * 32, register_unit); warps of an SM by registers: registers_of_the_SM // partitions "
+        "// w * partitions. Shared: a block takes up(shared + shared_reserved, shared_unit). Then min(-(-n "
+        "// threads), sms * blocks_per_sm).",
     ),
 )
 
@@ -222,7 +223,7 @@ def exact_registers(n: int, threads: int, registers: int, shared: int, gpu: Gpu)
 
 
 @launch_shape.mistake(
-    says="the registers of threads that do not exist are not counted: a partial warp gets those of a whole one",
+    says="registers are counted by thread, and a warp has those of 32, also where it is not full",
     tries="registers for whole warps, rounded up to register_unit for each.",
     caught_by="by_registers",
 )

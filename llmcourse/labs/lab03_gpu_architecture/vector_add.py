@@ -28,9 +28,9 @@ vector_add = KernelExercise(
     hints=(
         "A block of 4 threads, and the launch has 3 blocks. Write down threadIdx.x of all 12 threads. Which "
         "number do you need, and what do you have to add to threadIdx.x in block 1 and in block 2 to get it?",
-        "i = (threads in the blocks before mine) + (my place in my block). The first is blockIdx.x times the "
-        "size of a block, blockDim.x. When n is 10 there are 12 threads: two of them must do nothing, or they "
-        "write into memory that is not c's.",
+        "i = (threads in the blocks before mine) + (my place in my block). The first is blockIdx.x times "
+        "the size of a block, blockDim.x. When n is 10 there are 12 threads: two of them must do nothing, "
+        "or they write into memory that is not c's.",
         "int i = blockIdx.x * blockDim.x + threadIdx.x;   then, for i < n only, c[i] = a[i] + b[i].",
     ),
 )
