@@ -100,8 +100,15 @@ class Achieved:
         handles, labels = axes.get_legend_handles_labels()
         legend = {label: handle for handle, label in zip(handles, labels, strict=True)}
         if len(legend) > 1:
-            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": len(legend)}
-            axes.legend(legend.values(), legend, fontsize=8, frameon=False, **below)
+            axes.legend(
+                list(legend.values()),
+                list(legend),
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.13),
+                ncols=len(legend),
+                fontsize=8,
+                frameon=False,
+            )
 
 
 def memory_bound(device: str, *, folder: Path | None = None) -> Achieved:
@@ -111,8 +118,10 @@ def memory_bound(device: str, *, folder: Path | None = None) -> Achieved:
     Raises   UnknownNameError where there is no record.
     """
     if device == "cuda":
-        results, ceiling = list(_measured_kernels()), _copy()
-        caption = _caption_here()
+        from llmcourse.bench.ceilings import copy_bandwidth
+
+        ceiling = copy_bandwidth("cuda") / 1e9
+        results, caption = list(_measured_kernels(ceiling)), _caption_here()
     else:
         record = recorded("kernels", device="H100", folder=folder)
         results, caption = record.results, record.caption
@@ -133,13 +142,12 @@ def memory_bound(device: str, *, folder: Path | None = None) -> Achieved:
     return Achieved(tuple(rows), ceiling, "a large copy", "GB/s", caption)
 
 
-def _measured_kernels() -> Iterator[dict[str, Any]]:
+def _measured_kernels(ceiling: float) -> Iterator[dict[str, Any]]:
     import torch
 
     from llmcourse.bench.kernel_cases import MAKERS
     from llmcourse.bench.kernels import measure_case
 
-    copy = _copy() * 1e9
     wanted = dict(SHAPES)
     for maker in CASES:
         for case in MAKERS[maker]():
@@ -148,15 +156,9 @@ def _measured_kernels() -> Iterator[dict[str, Any]]:
             if shape in (None, case.shape) and str(case.dtype) == f"torch.{dtype}":
                 del wanted[name]
                 case.functions.pop("compile", None)
-                yield from measure_case(case, copy)
+                yield from measure_case(case, ceiling * 1e9)
             del case
             torch.cuda.empty_cache()
-
-
-def _copy() -> float:
-    from llmcourse.bench.ceilings import copy_bandwidth
-
-    return copy_bandwidth("cuda") / 1e9
 
 
 def products(device: str, *, folder: Path | None = None) -> Achieved:

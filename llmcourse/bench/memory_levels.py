@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from llmcourse.bench.records import Record, all_records
 from llmcourse.errors import UnknownNameError
 from llmcourse.hardware import gpu
 
@@ -151,21 +152,40 @@ def _in_flight() -> list[dict[str, Any]]:
     return rows
 
 
+def _newest() -> Record | None:
+    records = [r for r in all_records() if r.name == "memory_levels"]
+    return max(records, key=lambda r: r.date, default=None)
+
+
 def latencies() -> tuple[dict[str, float], str]:
     """Seconds by level ("shared memory", "L1", "L2", "memory"), and where they are from.
 
     What was recorded on the newest device; where nothing was, round figures at an H100's clock.
     """
-    from llmcourse.bench.records import all_records
+    record = _newest()
+    if record is None:
+        clock = gpu("H100 SXM").clock
+        found = {level: cycles / clock for level, cycles in ASSUMED_CYCLES.items()}
+        return found, "a round figure, not measured"
+    rows = {row["name"]: row for row in record.results}
+    return {level: rows[f"latency {level}"]["latency_s"] for level in SIZES}, record.caption
 
-    records = [r for r in all_records() if r.name == "memory_levels"]
-    if records:
-        newest = max(records, key=lambda r: r.date)
-        found = {
-            row["name"].removeprefix("latency "): row["latency_s"]
-            for row in newest.results
-            if row["name"].startswith("latency ")
-        }
-        return found, newest.caption
-    clock = gpu("H100 SXM").clock
-    return {level: c / clock for level, c in ASSUMED_CYCLES.items()}, "assumed: round figures, not measured"
+
+def bandwidths() -> dict[str, float]:
+    """Bytes a second by level as recorded; nothing where there is no record."""
+    record = _newest()
+    rows = {row["name"]: row for row in record.results} if record else {}
+    return {
+        level: rows[f"bandwidth {level}"]["bytes_per_s"] for level in SIZES if f"bandwidth {level}" in rows
+    }
+
+
+def recorded_copies() -> dict[int, list[tuple[float, float]]]:
+    """(bytes that loads in flight ask for, bytes a second read) of each recorded copy, by bytes a load."""
+    record = _newest()
+    found: dict[int, list[tuple[float, float]]] = {}
+    for row in record.results if record else []:
+        if row["name"].startswith("in flight"):
+            point = row["loads_in_flight_bytes"], row["bytes_per_s"] / 2
+            found.setdefault(row["bytes_per_load"], []).append(point)
+    return found

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from llmcourse.errors import MissingPackageError, NotebookError
+from llmcourse.vgpu import unwritten
 
 SOURCE, RELEASE, JUDGED, MARKED = "solutions", "labs", "judged", "autograded"
 COURSE_ID = "llmcourse"
 
-NOT_YET = "not implemented yet"
+NOT_YET = unwritten.NOT_YET
 CODE_STUB = f'# YOUR CODE HERE\nraise NotImplementedError("{NOT_YET}")'
+CUDA_STUB = unwritten.STUB
 TEXT_STUB = "*Your answer here.*"
 
 
@@ -51,7 +53,7 @@ def configuration(root: Path, db_url: str | None = None) -> Any:
     config.CourseDirectory.release_directory = RELEASE
     config.CourseDirectory.submitted_directory = JUDGED
     config.CourseDirectory.autograded_directory = MARKED
-    config.ClearSolutions.code_stub = {"python": CODE_STUB}
+    config.ClearSolutions.code_stub = {"python": CODE_STUB, "cuda": CUDA_STUB}
     config.ClearSolutions.text_stub = TEXT_STUB
     if db_url is None:
         config.SaveCells.enabled = False
@@ -69,10 +71,13 @@ def generate(config: Any, lab: str) -> None:
     from nbgrader.converters import GenerateAssignment
     from nbgrader.coursedir import CourseDirectory
 
+    from llmcourse.grading.stubs import with_stubs
+
     course = CourseDirectory(config=config)
     course.assignment_id = lab
     converter = GenerateAssignment(coursedir=course, config=config)
     converter.force = True
+    converter.preprocessors = with_stubs(converter.preprocessors)
     run(converter, f"the students' version of {lab} cannot be made", "mending its notebook in solutions/.")
 
 

@@ -14,6 +14,7 @@ inputs, in time. It shows in counts, which are the same on every machine:
     launches               torch operations that would launch a kernel, with the bytes they read and write
     leaked_bytes           torch's and NumPy's memory from this block that is alive at its end
     traced_peak_bytes      the most memory that Python and NumPy held above the start
+    kernel_bytes           what Triton kernels load and store; kernel_dots, kernels_here (see `cost_triton`)
 
 Every counter takes `arguments=`, the values that the counted function gets; those to which an argument's
 memory makes no difference ignore it. Counters nest, each counting its own block. A block that raises has
@@ -21,8 +22,8 @@ no values. What a counter changes (hooks, modes, tracing) is as it was after the
 
 They measure code that does not hide. Memory that comes from outside torch's operations and NumPy
 (`torch.UntypedStorage(n)`, other libraries), work on threads that the block starts itself, and what
-happens inside a fused operation or a kernel of one's own are not seen; kernels get counters of their own
-under Nsight Compute's names, added by `register`. torch is imported only by the counters that need it.
+happens inside a fused operation or a kernel of one's own are not seen; kernels have counters of their own.
+torch is imported only by the counters that need it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import ModuleType
 from typing import Protocol, TypeVar
 
@@ -57,6 +59,8 @@ class Counter(Protocol):
 
 
 COUNTERS: dict[str, Counter] = {}
+ELSEWHERE = dict.fromkeys(("kernels_here", "kernel_bytes", "kernel_dots"), "llmcourse.grading.cost_triton")
+"""Counters whose modules are imported when they are asked for."""
 
 C = TypeVar("C", bound=Counter)
 
@@ -83,13 +87,15 @@ def register(name: str) -> Callable[[C], C]:
 
 def counter(name: str) -> Counter:
     """The counter of that name.  Raises UnknownNameError, with the names that there are."""
+    if name in ELSEWHERE:
+        import_module(ELSEWHERE[name])
     try:
         return COUNTERS[name]
     except KeyError:
         raise UnknownNameError(
             f"there is no counter called {name!r}.",
             "A counter is known once the module that registers it has been imported.",
-            f"one of {', '.join(sorted(COUNTERS))}.",
+            f"one of {', '.join(sorted({*COUNTERS, *ELSEWHERE}))}.",
         ) from None
 
 

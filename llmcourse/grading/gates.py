@@ -11,6 +11,8 @@ The form that the gates hold a lab to, for its author, who writes `solutions/NAM
                    a locked, graded cell     grade_id = check-NAME, the exercise's points; hidden tests
                                              between ### BEGIN HIDDEN TESTS and ### END HIDDEN TESTS
     an answer      a graded solution cell of Markdown, marked by hand
+    CUDA C++       a solution cell that begins with %%cuda and holds `__global__ void NAME(`; the markers
+                   of its solution region stand behind //
     code           at most 15 lines a cell, 30 in a solution cell; no output is stored
 
 A grade_id is made of letters, digits, `-` and `_`: Formgrader finds its cells by CSS selectors.
@@ -28,11 +30,12 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from llmcourse.grading.converting import CODE_STUB, NOT_YET
+from llmcourse.grading.converting import CODE_STUB, CUDA_STUB, NOT_YET
 from llmcourse.grading.exercise import Exercise
 from llmcourse.runner.gates import Problem
 from llmcourse.runner.page import label
 from llmcourse.runner.setup_cell import badge, setup_cell
+from llmcourse.vgpu.unwritten import MAGIC
 
 MAX_CODE_LINES, MAX_SOLUTION_LINES = 15, 30
 SCHEMA = 3
@@ -41,6 +44,7 @@ CHECK_PREFIX = "check-"
 _GRADE_ID = re.compile(r"[A-Za-z0-9_-]+")
 _REGION = re.compile(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS|MARK SCHEME)")
 _RAISES = re.compile(r"^\s*raise NotImplementedError.*", re.MULTILINE)
+_ERROR = re.compile(r"^\s*#\s*error.*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -183,13 +187,14 @@ def nothing_is_given_away(page: LabPage) -> Iterator[Problem]:
 
 
 def stubs_say_so(page: LabPage) -> Iterator[Problem]:
-    stub = CODE_STUB.splitlines()
     for cell in page.released.cells:
         if cell.cell_type != "code" or not nbgrader(cell).get("solution"):
             continue
+        cuda = cell.source.startswith(MAGIC)
+        stub = (CUDA_STUB if cuda else CODE_STUB).splitlines()
         lines = [line.strip() for line in cell.source.splitlines()]
-        raised = {line.strip() for line in _RAISES.findall(cell.source)}
-        if stub[0] not in lines or raised != {stub[1]} or not _parses(cell.source):
+        raised = {line.strip() for line in (_ERROR if cuda else _RAISES).findall(cell.source)}
+        if stub[0] not in lines or raised != {stub[1]} or not (cuda or _parses(cell.source)):
             yield Problem(
                 f"the stub is not `{stub[1]}`",
                 f"A fresh lab fails with “{NOT_YET}” and with nothing else.",
@@ -290,10 +295,11 @@ def _solution_cell(exercise: Exercise, cell: NotebookNode) -> Iterator[Problem]:
         yield _broken(exercise, "has a solution cell that is not one in nbgrader's metadata", exercise.name)
     if "BEGIN SOLUTION" not in cell.source:
         yield _broken(exercise, "has no solution region: learners would lose the signature", exercise.name)
-    if f"def {exercise.name}(" not in cell.source and f"class {exercise.name}" not in cell.source:
-        yield _broken(
-            exercise, f"is not defined in its solution cell: no `def {exercise.name}(`", exercise.name
-        )
+    wanted = [f"def {exercise.name}(", f"class {exercise.name}"]
+    if cell.source.startswith(MAGIC):
+        wanted = [f"__global__ void {exercise.name}("]
+    if not any(text in cell.source for text in wanted):
+        yield _broken(exercise, f"is not defined in its solution cell: no `{wanted[0]}`", exercise.name)
 
 
 def _check_cell(exercise: Exercise, cell: NotebookNode) -> Iterator[Problem]:

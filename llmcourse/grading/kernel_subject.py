@@ -123,6 +123,7 @@ class JudgedKernel:
             )
         except KernelFault as fault:
             if fault.kind == "endless":
+                fault.fix = "checking that every loop comes to its end: kernels of this lab take far fewer steps."
                 self.fault = fault
             raise
         except CourseError:

@@ -150,14 +150,20 @@ def _line_of(error: CourseError, kernel: JudgedKernel) -> str:
 
 
 def written(t: Trial, got: np.ndarray, expected: np.ndarray, what: str, **tolerance: float) -> None:
-    """Like `t.close`, for an `Out` array: says so where an element was never written."""
+    """Like `t.close`, for an `Out` array, of which `expected` leaves some elements `unwritten`.
+
+    Says so where an element was not written, or was and is none of the result's.
+    """
     empty = unwritten(dtype=got.dtype)
-    missing = (got == empty) & (expected != empty)
-    if missing.any():
-        first = tuple(int(i) for i in np.argwhere(missing)[0])
-        more = int(missing.sum()) - 1
-        count = f", nor were {more} more of {got.size}" if more else ""
-        raise Mismatch(f"{what}[{', '.join(map(str, first))}] was not written{count}")
+    for wrong, says, others in (
+        ((got == empty) & (expected != empty), "was not written", "nor were"),
+        ((got != empty) & (expected == empty), "is past the end and was written", "so were"),
+    ):
+        if wrong.any():
+            first = tuple(int(i) for i in np.argwhere(wrong)[0])
+            more = int(wrong.sum()) - 1
+            count = f", {others} {more} more of {got.size}" if more else ""
+            raise Mismatch(f"{what}[{', '.join(map(str, first))}] {says}{count}")
     t.close(got, expected, what, **tolerance)
 
 

@@ -26,7 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from llmcourse.grading.plain import NotPlainError, between, is_tensor, layout, plain
+from llmcourse.grading.plain import (
+    NotPlainError,
+    between,
+    is_tensor,
+    layout,
+    plain,
+    tensor_laid_out,
+    tensor_layout,
+)
 
 RECURSION = 1000  # Python's default
 LEAK = "leaked_bytes"
@@ -181,7 +189,7 @@ class Handed:
             self.buffer, self.value = guarded(original)
             self.window, self.around = self.value.view(), self.buffer.copy()
         elif is_tensor(original):
-            self.value = original.detach().clone()
+            self.value = tensor_laid_out(original.detach(), tensor_layout(original))
             if grads and original.is_floating_point():
                 self.value.requires_grad_()
         elif callable(original):

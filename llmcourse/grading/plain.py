@@ -184,7 +184,8 @@ def pack(message: Any, callable_id: CallableId | None = None) -> bytes:
             import torch
 
             raw = v.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-            return ["T", str(v.dtype).removeprefix("torch."), list(v.shape), v.requires_grad, keep(raw)]
+            dtype = str(v.dtype).removeprefix("torch.")
+            return ["T", dtype, list(v.shape), v.requires_grad, keep(raw), tensor_layout(v)]
         if callable_id is not None and callable(v):
             return ["F", callable_id(v)]
         raise NotPlainError(
@@ -286,7 +287,7 @@ class _Unpack:
     def array(self, dtype: str, shape: list[int], order: str, size: int) -> np.ndarray:
         return laid_out(self.numbers(dtype, size).reshape(_shape(shape)), order)
 
-    def tensor(self, dtype: str, shape: list[int], requires_grad: bool, size: int) -> Any:
+    def tensor(self, dtype: str, shape: list[int], requires_grad: bool, size: int, order: str = "C") -> Any:
         import torch
 
         if dtype not in TENSORS:
@@ -294,7 +295,7 @@ class _Unpack:
         kind = getattr(torch, dtype)
         raw = torch.frombuffer(bytearray(self.take(size)), dtype=torch.uint8) if size else torch.empty(0)
         tensor = (raw != 0 if dtype == "bool" else raw.view(kind)) if size else torch.empty(0, dtype=kind)
-        return tensor.reshape(_shape(shape)).requires_grad_(bool(requires_grad))
+        return tensor_laid_out(tensor.reshape(_shape(shape)), order).requires_grad_(bool(requires_grad))
 
 
 def layout(array: np.ndarray) -> str:
@@ -310,6 +311,42 @@ def laid_out(array: np.ndarray, order: str) -> np.ndarray:
     wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), between(array.dtype), array.dtype)
     wide[..., ::2] = array
     return wide[..., ::2]
+
+
+ROW_GAP = 3  # elements between the rows of a tensor that lies in `rows`
+
+
+def tensor_layout(tensor: Any) -> str:
+    """How a torch tensor lies in memory: `C` contiguous, `T` with its last two axes exchanged, `rows` with
+    gaps between its rows. Any other arrangement is called `C`, and arrives so."""
+    if tensor.ndim < 2 or tensor.is_contiguous():
+        return "C"
+    if tensor.mT.is_contiguous():
+        return "T"
+    return "rows" if tensor.stride() == _row_strides(tensor.shape) else "C"
+
+
+def tensor_laid_out(tensor: Any, order: str) -> Any:
+    """A copy of a tensor with that layout; `rows` leaves NaN (the largest integer) in the gaps."""
+    import torch
+
+    if order == "T" and tensor.ndim >= 2:
+        return tensor.mT.clone(memory_format=torch.contiguous_format).mT
+    if order != "rows" or tensor.ndim < 2 or not tensor.numel():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    kind = tensor.dtype
+    gap = math.nan if kind.is_floating_point else True if kind == torch.bool else torch.iinfo(kind).max
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + ROW_GAP), gap, dtype=kind)
+    wide[..., : tensor.shape[-1]] = tensor
+    return wide[..., : tensor.shape[-1]]
+
+
+def _row_strides(shape: Any) -> tuple[int, ...]:
+    strides, step = [1], shape[-1] + ROW_GAP
+    for size in reversed(shape[1:-1]):
+        strides.append(step)
+        step *= size
+    return (*([step] if len(shape) > 1 else []), *reversed(strides))
 
 
 def between(dtype: np.dtype) -> Any:

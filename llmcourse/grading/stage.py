@@ -21,6 +21,7 @@ import builtins
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from types import CodeType
@@ -164,9 +165,11 @@ def _mark(source: str, session: Session, lab: Lab, seed: int) -> dict[str, Any]:
 
 
 def _namespace(code: CodeType, session: Session, cell: GradedCell) -> dict[str, Any]:
-    """What a graded cell can name: NumPy, `check`, and the learner's functions for every other name."""
+    """What a graded cell can name: NumPy, torch, `check`, and the learner's functions for all other names."""
     known: dict[str, Any] = {"np": np, "numpy": np, "check": cell.check, "hint": cell.hint}
-    names = _names(code) - known.keys() - set(dir(builtins))
+    if "torch" in (named := _names(code)):
+        known["torch"] = import_module("torch")
+    names = named - known.keys() - set(dir(builtins))
     return {**known, **{name: RemoteSubject(session, name) for name in sorted(names)}}
 
 

@@ -34,10 +34,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from types import FunctionType, ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -516,6 +516,26 @@ def _map_elementwise(launch: Launch, function: Any, *args: Any, pack: Any = 1) -
     return launch.function(function)(*args)
 
 
+def _multiple_of(launch: Launch, input: Any, values: Any) -> Any:
+    """A promise to the compiler, which is believed: so it is checked, where it is about one number."""
+    wanted = [_plain(v) for v in values] if isinstance(values, list | tuple | tl.tuple) else [_plain(values)]
+    if isinstance(input, tl.tensor) and input.handle.data.size == 1 and len(wanted) == 1:
+        value = int(input.handle.data.reshape(()))
+        if value % wanted[0]:
+            launch.memory.fault(
+                "assertion",
+                f"tl.multiple_of promises a multiple of {wanted[0]} in {launch.program}; "
+                f"the value is {value}.",
+                "The compiler builds on it: the code that it makes would be wrong.",
+                "a promise that holds for all arguments.",
+            )
+    return input
+
+
+def _hint(launch: Launch, input: Any, values: Any) -> Any:
+    return input
+
+
 def _static_assert(launch: Launch, cond: Any, msg: Any = "") -> None:
     if not _plain(cond):
         launch.memory.fault(
@@ -548,7 +568,7 @@ class Launch:
         self.kernel: str = kernel.fn.__name__
         self.file: str = kernel.fn.__code__.co_filename
         self.shown_file = "cell" if "ipykernel" in self.file else os.path.basename(self.file)
-        self.memory = Memory(self.kernel, counting=counting, where=self.where)
+        self.memory = Memory(self.kernel, counting=counting, where=self.where, here=self.here)
         self.counting = counting
         self.float_ops = 0
         self.dot_lines: dict[int, list[int]] = {}
@@ -572,6 +592,29 @@ class Launch:
                 break
             frame = frame.f_back  # type: ignore[assignment]
         return SourceLine(self.shown_file, line)
+
+    def place(self, frames: Iterable[tuple[FrameType, int]]) -> SourceLine:
+        """The line of the reader's own code among these frames of a kernel (the innermost last)."""
+        calls = [
+            (frame.f_code.co_filename, line)
+            for frame, line in frames
+            if _rewrite.NAME in frame.f_globals and not frame.f_globals["__name__"].startswith("triton.")
+        ]
+        own = [line for file, line in calls if file == self.file]
+        at = SourceLine(self.shown_file, own[-1] if own else 0)
+        if calls and calls[-1][0] != self.file:
+            file, line = calls[-1]
+            return SourceLine(os.path.basename(file), line, inlined_at=at)
+        return at
+
+    def here(self) -> SourceLine:
+        """The line that is running, of whichever function: what a fault names."""
+        frames: list[tuple[FrameType, int]] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            frames.append((frame, frame.f_lineno))
+            frame = frame.f_back
+        return self.place(reversed(frames))
 
     def dot(self, flops: int) -> None:
         entry = self.dot_lines.setdefault(self.where().line, [0, 0])
@@ -736,6 +779,9 @@ class Launch:
     def value_of(self, owner: Any) -> Any:
         return owner.value if hasattr(owner, "value") else owner
 
+    def refuse(self, what: str) -> NoReturn:
+        raise TypeError(f"Triton does not compile Python's {what.lower()}")
+
 
 _codes: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _sources: weakref.WeakKeyDictionary[Any, tuple[int, list[str]]] = weakref.WeakKeyDictionary()
@@ -749,7 +795,8 @@ def _code(jit: Any) -> Any:
         lines, first = getattr(jit, "raw_src", None), getattr(jit, "starting_line_number", None)
         if lines is None or first is None:
             lines, first = inspect.getsourcelines(fn)
-        found = _codes[fn] = _rewrite.rewrite(list(lines), first, fn.__code__.co_filename, _jit_methods())
+        file = fn.__code__.co_filename
+        found = _codes[fn] = _rewrite.rewrite(list(lines), first, file, _jit_methods(), _syntax())
         _sources[fn] = first, list(lines)
     return found
 
@@ -757,6 +804,11 @@ def _code(jit: Any) -> Any:
 @functools.cache
 def _jit_methods() -> frozenset[str]:
     return frozenset(name for name, value in vars(tl.tensor).items() if _is_jit(value))
+
+
+@functools.cache
+def _syntax() -> frozenset[str]:
+    return frozenset(name.removeprefix("visit_") for name in dir(CodeGenerator) if name.startswith("visit_"))
 
 
 def _is_jit(value: Any) -> bool:
@@ -831,6 +883,9 @@ class _Patches:
             tl.core.reduce: _reduce,
             tl.core.associative_scan: _scan,
             getattr(tl.core, "map_elementwise", None): _map_elementwise,
+            tl.core.multiple_of: _multiple_of,
+            tl.core.max_contiguous: _hint,
+            tl.core.max_constancy: _hint,
         }
 
         def wrap(function: Any) -> Any:
@@ -927,6 +982,8 @@ def _transpose(self: Any) -> Any:
 class _Arguments:
     """Turns what a launch is given into what its kernel sees, and copies a GPU's memory there and back."""
 
+    here = "cpu"
+
     def __init__(self, launch: Launch, bounds: str) -> None:
         self.launch, self.bounds = launch, bounds
         self.copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage, list[Argument]]] = {}
@@ -994,9 +1051,11 @@ class _Arguments:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         host = storage
-        if tensor.device.type != "cpu":
+        if tensor.device.type != self.here:
             if key not in self.copies:
-                self.copies[key] = (storage, storage.cpu(), [])
+                copy = torch.UntypedStorage(storage.nbytes())
+                copy.copy_(storage)
+                self.copies[key] = (storage, copy, [])
             host = self.copies[key][1]
         size = tensor.element_size()
         start = int(tensor.storage_offset()) * size
@@ -1007,7 +1066,7 @@ class _Arguments:
         if self.bounds == "storage":
             low, high = 0, host.nbytes()
         made = Argument(name, _bytes(host), start, low, high, size, tuple(tensor.shape), key)
-        if tensor.device.type != "cpu":
+        if key in self.copies:
             self.copies[key][2].append(made)
         return made
 
@@ -1194,14 +1253,13 @@ def _programs(launch: Launch, kernel: Any, arguments: dict[str, Any], grid: Inde
 
 def _explained(launch: Launch, kernel: Any, error: Exception) -> KernelFault:
     """An exception of Triton's language as a fault at the kernel's line."""
-    line = 0
+    frames: list[tuple[FrameType, int]] = []
     step = error.__traceback__
     while step is not None:
-        if step.tb_frame.f_code.co_filename == launch.file and step.tb_frame.f_globals.get(_rewrite.NAME):
-            line = step.tb_lineno
+        frames.append((step.tb_frame, step.tb_lineno))
         step = step.tb_next
-    at = SourceLine(launch.shown_file, line)
-    if isinstance(error, NameError) and error.name in {**kernel.fn.__globals__}:
+    at = launch.place(frames)
+    if isinstance(error, NameError) and error.name in frames[-1][0].f_builtins | kernel.fn.__globals__:
         return KernelFault(
             "invalid",
             f"{launch.kernel} uses the global {error.name}, which is no tl.constexpr.",

@@ -100,11 +100,19 @@ class Memory:
     """The arguments of one launch, and what its programs did with them.
 
     counting   False: bounds and alignment only, which takes half the time
-    where      gives the source line that is running; asked for counts and faults only
+    where      gives the line that an operation counts for
+    here       gives the line that a fault names; `where` if None
     """
 
-    def __init__(self, kernel: str, *, counting: bool, where: Callable[[], SourceLine]) -> None:
-        self.kernel, self.counting, self.where = kernel, counting, where
+    def __init__(
+        self,
+        kernel: str,
+        *,
+        counting: bool,
+        where: Callable[[], SourceLine],
+        here: Callable[[], SourceLine] | None = None,
+    ) -> None:
+        self.kernel, self.counting, self.where, self.here = kernel, counting, where, here or where
         self.program: Index3 = (0, 0, 0)
         self.arguments: dict[int, Argument] = {}
         self.tallies: dict[Key, Tally] = {}
@@ -337,7 +345,7 @@ class Memory:
 
     def fault(self, kind: str, what: str, why: str, fix: str) -> NoReturn:
         """Raise the fault at the line that is running."""
-        raise KernelFault(kind, what, why, fix, line=self.where(), block=self.program)
+        raise KernelFault(kind, what, why, fix, line=self.here(), block=self.program)
 
 
 def _mask(addresses: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:

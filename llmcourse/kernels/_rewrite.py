@@ -12,6 +12,7 @@ does what the compiler does:
     x is None                      looks through constexpr
     assert …                       tl.device_assert
     x.sum(0)                       a @triton.jit function that is a method of tensors
+    break, try, lambda, …          refused, as the compiler refuses them
 
 Line numbers and file name are kept, so that counters and tracebacks point at the reader's own source.
 """
@@ -45,15 +46,17 @@ class Runtime(Protocol):
     def method(self, owner: Any, name: str) -> Any: ...
     def static(self, function: Any) -> Any: ...
     def value_of(self, owner: Any) -> Any: ...
+    def refuse(self, what: str) -> Any: ...
 
 
 def rewrite(
-    lines: list[str], first_line: int, file: str, methods: frozenset[str]
+    lines: list[str], first_line: int, file: str, methods: frozenset[str], syntax: frozenset[str]
 ) -> tuple[CodeType, frozenset[str]]:
     """The code of the one function in these source lines, and the names of globals that it may use.
 
     first_line   of `lines` in the file
     methods      names of methods of tensors that are `@triton.jit` functions
+    syntax       the statements and expressions, by the names of their `ast` classes, that the compiler knows
     """
     tree = ast.parse(textwrap.dedent("".join(lines)))
     ast.increment_lineno(tree, first_line - 1)
@@ -65,7 +68,8 @@ def rewrite(
         argument.annotation = None
     arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
     names = frozenset(node.id for node in ast.walk(function) if isinstance(node, ast.Name))
-    function.body = [_Rewriter(methods).visit(statement) for statement in function.body]
+    rewriter = _Rewriter(methods, syntax | _INSIDE)
+    function.body = [rewriter.visit(statement) for statement in function.body]
     module = ast.fix_missing_locations(ast.Module([function], []))
     compiled = compile(module, file, "exec")
     code = next(c for c in compiled.co_consts if isinstance(c, CodeType) and c.co_name == function.name)
@@ -79,9 +83,20 @@ def build(code: CodeType, namespace: dict[str, Any], original: FunctionType) -> 
     return made
 
 
+_INSIDE = frozenset({"Starred", "FormattedValue"})
+"""Expressions that the compiler takes as parts of others only."""
+
+
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self, methods: frozenset[str]) -> None:
-        self.methods = methods
+    def __init__(self, methods: frozenset[str], syntax: frozenset[str]) -> None:
+        self.methods, self.syntax = methods, syntax
+
+    def visit(self, node: ast.AST) -> Any:
+        name = type(node).__name__
+        if isinstance(node, ast.stmt | ast.expr) and name not in self.syntax:
+            refused = _call("refuse", ast.Constant(name), at=node)
+            return ast.copy_location(ast.Expr(refused), node) if isinstance(node, ast.stmt) else refused
+        return super().visit(node)
 
     # ── names get values ─────────────────────────────────────────────────────────────────────────
 

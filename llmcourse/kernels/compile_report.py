@@ -238,8 +238,8 @@ class CompileReport:
         ]
         notes = [f"sm_{t.capability}: {t.error}" for t in self.targets if t.error]
         notes += [
-            f"{t.ptx_target}: {t.shared_bytes:,} bytes of shared memory, {SHARED_LIMIT[t.capability]:,} at most: "
-            "cannot be launched"
+            f"{t.ptx_target}: {t.shared_bytes:,} bytes of shared memory where a program can have "
+            f"{SHARED_LIMIT[t.capability]:,}: it cannot be launched"
             for t in self.compiled
             if not t.fits
         ]
@@ -282,6 +282,7 @@ def compile_report(
     Raises   SignatureError, MissingPackageError without Triton.
     """
     triton = _triton()
+    _tools()
     function, chosen = _unwrap(kernel, config)
     values = {**chosen, **kwargs}
     if signature is None:
@@ -384,7 +385,7 @@ def _unwrap(kernel: Any, config: Any) -> tuple[Any, dict[str, Any]]:
         if not hasattr(kernel, "fn"):
             raise SignatureError(
                 f"{getattr(kernel, '__name__', kernel)!r} is no Triton kernel.",
-                "Only a function of @triton.jit, also under @triton.autotune or @triton.heuristics, is compiled.",
+                "What is compiled is a function of @triton.jit, also under autotune or heuristics.",
                 "the kernel itself, not the function that launches it.",
             )
         kernel = kernel.fn

@@ -23,6 +23,7 @@ class Plan(NamedTuple):
     warps      warps of 32 threads in a program
     programs   programs in all (0: as many as the rows need)
     stages     iterations of the row loop whose loads are in flight together
+    part       columns of a row that a program takes, where several share one (0: one block)
     """
 
     kernel: str
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     warps: int = 4
     programs: int = 0
     stages: int = 1
+    part: int = 0
 
 
 def launch(
@@ -44,9 +46,10 @@ def launch(
     if min(grid) == 0:
         return
     if interpret:
-        from llmcourse.kernels.counters import interpreted
+        from llmcourse.kernels.counters import interpreted, is_interpreting
 
-        interpreted(kernel)[grid](*arguments, **meta)
+        # In a block already open its launches are taken, also those of autograd's thread, which opened none.
+        (kernel if is_interpreting() else interpreted(kernel))[grid](*arguments, **meta)
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -63,6 +66,11 @@ def power_of_two(n: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def vector_of(x: Tensor, block: int) -> int:
+    """Elements of x in 16 bytes, the most that a thread loads at once, and at most `block`."""
+    return min(block, 16 // x.element_size())
 
 
 @lru_cache

@@ -43,7 +43,16 @@ from torch import Tensor
 from llmcourse.errors import ShapeError
 from llmcourse.kernels.checks import Backend, as_rows, check_float, check_rows, choose, row_stride
 from llmcourse.kernels.language import tl, triton
-from llmcourse.kernels.launch import Plan, ceil_div, launch, multiprocessors, power_of_two, row_plan, rows_in
+from llmcourse.kernels.launch import (
+    Plan,
+    ceil_div,
+    launch,
+    multiprocessors,
+    power_of_two,
+    row_plan,
+    rows_in,
+    vector_of,
+)
 
 # reference
 
@@ -113,11 +122,11 @@ def divide_kernel(e, s, y, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_kernel(
-    x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def softmax_of_rows(
+    x, y, first, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """ROWS whole rows a program, in registers from the first read to the only write."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
+    """ROWS whole rows from `first` on, in registers from the first read to the only write."""
+    r = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
     c = tl.arange(0, BLOCK)[None, :]
     inside = (r < rows) & (c < columns)
     v = tl.load(x + r * x_stride + c, mask=inside, other=-float("inf")).to(tl.float32)
@@ -129,61 +138,126 @@ def row_kernel(
 
 
 @triton.jit
-def online_kernel(x, y, x_stride, y_stride, columns, BLOCK: tl.constexpr):
-    """One row a program in two passes, BLOCK columns at a time; the second pass finds the row in L2."""
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    y += row * y_stride
-    c = tl.arange(0, BLOCK)
-    m = -float("inf")
-    l = 0.0  # noqa: E741
-    for start in tl.range(0, columns, BLOCK):
-        v = tl.load(
-            x + start + c, mask=start + c < columns, other=-float("inf"), eviction_policy="evict_last"
-        )
-        v = v.to(tl.float32)
-        new = tl.maximum(m, tl.max(v, axis=0))
-        shift = tl.where(new == -float("inf"), 0.0, new)  # nothing but −inf so far: exp(−inf − 0) is 0
-        l = l * tl.exp(m - shift) + tl.sum(tl.exp(v - shift), axis=0)  # noqa: E741
-        m = new
-    scale = 1.0 / l
-    for start in tl.range(0, columns, BLOCK):
-        v = tl.load(x + start + c, mask=start + c < columns, other=0.0, eviction_policy="evict_first")
-        e = tl.exp(v.to(tl.float32) - m) * scale
-        tl.store(y + start + c, e.to(y.dtype.element_ty), mask=start + c < columns)
+def row_kernel(
+    x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """ROWS rows a program."""
+    softmax_of_rows(x, y, tl.program_id(0) * ROWS, x_stride, y_stride, rows, columns, ROWS, BLOCK)
 
 
 @triton.jit
-def split_kernel(
-    x, y, started, arrived, parts_m, parts_l, x_stride, y_stride, columns,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+def walk_kernel(
+    x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """PARTS programs a row, BLOCK columns each, which exchange their maximum and sum through memory.
+    """As many programs as run at once; each takes ROWS rows at a time while its next rows are on their way."""
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        softmax_of_rows(x, y, first, x_stride, y_stride, rows, columns, ROWS, BLOCK)
 
-    started   int32 [1], zero: programs that have taken a number
+
+@triton.jit
+def running_sums(x, first, last, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr):
+    """(m, l) of columns first … last − 1, each [BLOCK / VECTOR]: Σ exp is the sum of l·exp(m) over all.
+
+    Each thread has a maximum and a sum of its own, of the VECTOR neighbours that it loads at a time. So the
+    loop has no barrier in it, and no thread waits for another before the end of the row.
+    """
+    c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    m = tl.full((BLOCK // VECTOR,), -float("inf"), tl.float32)
+    l = tl.zeros((BLOCK // VECTOR,), tl.float32)  # noqa: E741
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        inside = start + c < last
+        v = tl.load(x + start + c, mask=inside, other=-float("inf"), eviction_policy="evict_last")
+        v = v.to(tl.float32)
+        new = tl.maximum(m, tl.max(v, axis=1))
+        shift = tl.where(new == -float("inf"), 0.0, new)  # nothing but −inf so far: exp(−inf − 0) is 0
+        l = l * tl.exp(m - shift) + tl.sum(tl.exp(v - shift[:, None]), axis=1)  # noqa: E741
+        m = new
+    return m, l
+
+
+@triton.jit
+def combined(m, l):  # noqa: E741
+    """(maximum, Σ exp(x − maximum)) from parts (m, l); −inf and 0 if every part is −inf."""
+    top = tl.max(m, axis=0)
+    return top, tl.sum(l * tl.exp(m - tl.where(top == -float("inf"), 0.0, top)), axis=0)
+
+
+@triton.jit
+def write_softmax(
+    x, y, first, last, top, total, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """y = exp(x − top) / total for columns first … last − 1: a second reading, out of the L2 cache."""
+    c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    scale = 1.0 / total
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+        inside = start + c < last
+        v = tl.load(x + start + c, mask=inside, other=0.0, eviction_policy="evict_first")
+        e = tl.exp(v.to(tl.float32) - top) * scale
+        tl.store(y + start + c, e.to(y.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def online_kernel(
+    x, y, x_stride, y_stride, columns, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """One row a program in two passes, BLOCK columns at a time; the second pass finds the row in L2."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride
+    m, l = running_sums(x, 0, columns, BLOCK, VECTOR, STAGES)  # noqa: E741
+    top, total = combined(m, l)
+    write_softmax(x, y + row * y_stride, 0, columns, top, total, BLOCK, VECTOR, STAGES)
+
+
+@triton.jit
+def of_all_parts(m, l, row, part, arrived, parts_m, parts_l, PARTS: tl.constexpr):  # noqa: E741
+    """(maximum, sum) of a row from the (m, l) of its PARTS programs: publish, wait for the others, combine.
+
     arrived   int32 [rows], zero: parts of the row whose (m, l) are written
     parts_m, parts_l   float32 [rows, PARTS]
     """
-    number = tl.atomic_add(started, 1)
-    row = (number // PARTS).to(tl.int64)
-    part = number % PARTS
-    c = part * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(x + row * x_stride + c, mask=c < columns, other=-float("inf")).to(tl.float32)
-    m = tl.max(v, axis=0)
-    shift = tl.where(m == -float("inf"), 0.0, m)
-    v = tl.exp(v - shift)
     tl.store(parts_m + row * PARTS + part, m)
-    tl.store(parts_l + row * PARTS + part, tl.sum(v, axis=0))
+    tl.store(parts_l + row * PARTS + part, l)
     tl.atomic_add(arrived + row, 1, sem="release")  # what was stored above is visible before this is
     while tl.atomic_add(arrived + row, 0, sem="acquire") < PARTS:
         pass
     k = tl.arange(0, PARTS)
     ms = tl.load(parts_m + row * PARTS + k, volatile=True)
-    ls = tl.load(parts_l + row * PARTS + k, volatile=True)
-    top = tl.max(ms, axis=0)
-    total = tl.sum(ls * tl.exp(ms - top), axis=0)
-    v *= tl.exp(shift - top) / total
-    tl.store(y + row * y_stride + c, v.to(y.dtype.element_ty), mask=c < columns)
+    return combined(ms, tl.load(parts_l + row * PARTS + k, volatile=True))
+
+
+@triton.jit
+def split_kernel(
+    x, y, started, arrived, parts_m, parts_l, x_stride, y_stride, columns,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """PARTS programs a row, WIDTH columns each, which exchange their maximum and sum through memory.
+
+    A part of one BLOCK stays in registers; of a wider one, each program makes two passes over its own.
+
+    started   int32 [1], zero: programs that have taken a number
+    """
+    number = tl.atomic_add(started, 1)
+    row = (number // PARTS).to(tl.int64)
+    part = number % PARTS
+    x += row * x_stride
+    y += row * y_stride
+    first = part * WIDTH
+    last = tl.minimum(first + WIDTH, columns)
+    if WIDTH > BLOCK:
+        m, l = running_sums(x, first, last, BLOCK, VECTOR, STAGES)  # noqa: E741
+        m, l = combined(m, l)  # noqa: E741
+        top, total = of_all_parts(m, l, row, part, arrived, parts_m, parts_l, PARTS)
+        write_softmax(x, y, first, last, top, total, BLOCK, VECTOR, STAGES)
+    else:
+        c = first + tl.arange(0, BLOCK)
+        v = tl.load(x + c, mask=c < last, other=-float("inf")).to(tl.float32)
+        m = tl.max(v, axis=0)
+        shift = tl.where(m == -float("inf"), 0.0, m)
+        v = tl.exp(v - shift)
+        top, total = of_all_parts(m, tl.sum(v, axis=0), row, part, arrived, parts_m, parts_l, PARTS)
+        v *= tl.exp(shift - top) / total
+        tl.store(y + c, v.to(y.dtype.element_ty), mask=c < last)
 
 
 # backward: dx = y·(dy − Σ dy·y)
@@ -283,20 +357,32 @@ def forward(x: Tensor, plan: Plan, interpret: bool = False) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     meta: dict[str, Any] = {"BLOCK": plan.block, "num_warps": plan.warps, "interpret": interpret}
     stride = row_stride(x)
+    turns = ceil_div(rows, plan.rows)
     if plan.kernel == "row":
-        grid = ceil_div(rows, plan.rows)
-        launch(row_kernel, grid, x, y, stride, columns, rows, columns, ROWS=plan.rows, **meta)
-    elif plan.kernel == "online":
+        launch(row_kernel, turns, x, y, stride, columns, rows, columns, ROWS=plan.rows, **meta)
+        return y
+    meta["STAGES"] = plan.stages
+    if plan.kernel == "walk":
+        programs = min(turns, plan.programs or multiprocessors(x.device))
+        launch(walk_kernel, programs, x, y, stride, columns, rows, columns, ROWS=plan.rows, **meta)
+        return y
+    meta["VECTOR"] = vector_of(x, plan.block)
+    if plan.kernel == "online":
         launch(online_kernel, rows, x, y, stride, columns, columns, **meta)
-    else:
-        parts = power_of_two(ceil_div(columns, plan.block))
-        flags = torch.zeros(rows + 1, dtype=torch.int32, device=x.device)
-        m, l = (torch.empty(rows, parts, dtype=torch.float32, device=x.device) for _ in range(2))  # noqa: E741
-        grid = rows * parts
-        launch(
-            split_kernel, grid, x, y, flags, flags[1:], m, l, stride, columns, columns, PARTS=parts, **meta
-        )
+        return y
+    parts = parts_of(columns, plan)
+    flags = torch.zeros(rows + 1, dtype=torch.int32, device=x.device)
+    m, l = (torch.empty(rows, parts, dtype=torch.float32, device=x.device) for _ in range(2))  # noqa: E741
+    launch(
+        split_kernel, rows * parts, x, y, flags, flags[1:], m, l, stride, columns, columns,
+        PARTS=parts, WIDTH=plan.part or plan.block, **meta,
+    )  # fmt: skip
     return y
+
+
+def parts_of(columns: int, plan: Plan) -> int:
+    """Programs that share a row under a plan of the rung `split`."""
+    return power_of_two(ceil_div(columns, plan.part or plan.block))
 
 
 def backward_plan(columns: int) -> Plan:
@@ -355,14 +441,14 @@ def softmax(x: Tensor, *, backend: Backend = "auto", plan: Plan | None = None) -
 
 def _check_plan(plan: Plan, x: Tensor, interpret: bool) -> None:
     columns = x.shape[-1]
-    if plan.kernel == "row" and plan.block < columns:
+    if plan.kernel in ("row", "walk") and plan.block < columns:
         raise ShapeError(
             f"a plan of {plan.block} columns for rows of {columns}.",
-            "The kernel `row` holds a row at once.",
+            f"The kernel `{plan.kernel}` holds a row at once.",
             f"block={power_of_two(columns)}, or kernel='online'.",
         )
     if plan.kernel == "split":
-        parts = power_of_two(ceil_div(columns, plan.block))
+        parts = parts_of(columns, plan)
         if interpret:
             raise ShapeError(
                 "the kernel `split` in the interpreter.",
@@ -373,5 +459,5 @@ def _check_plan(plan: Plan, x: Tensor, interpret: bool) -> None:
             raise ShapeError(
                 f"{parts} programs for each row, on a GPU of {multiprocessors(x.device)} multiprocessors.",
                 "The programs of a row wait for each other, so they must all run at once.",
-                "a larger block, or kernel='online'.",
+                "a larger part, or kernel='online'.",
             )

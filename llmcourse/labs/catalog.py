@@ -62,7 +62,13 @@ NUMPY_ONLY = (
     "llmcourse.plug",
 )
 
-LABS = (Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),)
+KERNELS = ("llmcourse.hardware", "llmcourse.kernels", "llmcourse.vgpu.corpus")
+
+LABS = (
+    Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),
+    Lab("03", "gpu_architecture", "Threads, warps and blocks in CUDA C++", forbidden=KERNELS),
+    Lab("04", "memory_hierarchy", "Memory traffic in CUDA C++, counted", forbidden=KERNELS),
+)
 
 
 def find_lab(name: str) -> Lab:

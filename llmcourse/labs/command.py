@@ -160,7 +160,9 @@ def check(lab: Lab, exercises: Sequence[str], file: Path, seed: int | None = Non
     with Session(read_cells(file), limits=Limits(), sandbox=False) as session:
         for result in session.run():
             if result.error or result.note:
-                print(f"✗ cell {result.id}: {result.note or result.error}")
+                error = result.error
+                said = result.note or (f"{error.kind}: {error.message}" if error else "")
+                print(f"✗ cell {result.id}: {said}")
         for exercise in chosen:
             verdict = judge(exercise, RemoteSubject(session, exercise.name), seed)
             verdict.lab = lab.name

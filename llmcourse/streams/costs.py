@@ -72,6 +72,29 @@ class Costs:
     staged: int = STAGED_AT_ONCE
 
     @classmethod
+    def ideal(cls, gigabytes_per_s: float = 10) -> Costs:
+        """A device on which calls cost nothing, and copies their bytes: 10 GB/s is 100 µs for 10⁶ bytes.
+
+        Pageable copies run at a fifth of that rate.
+        """
+        rates = {"pinned": gigabytes_per_s, "pageable": gigabytes_per_s / 5}
+        copies = {f"{way} {kind}": _line(r, 0) for way in ("h2d", "d2h") for kind, r in rates.items()}
+        return cls(
+            "ideal",
+            "calls cost nothing",
+            call=dict.fromkeys(("kernel", "copy", "record", "wait", "synchronize"), 0.0),
+            launch=0.0,
+            sync=0.0,
+            gap=0.0,
+            node_gap=0.0,
+            switch=0.0,
+            event=0.0,
+            graph=((1, 0.0), (2, 0.0)),
+            copies=copies | {"d2d": _line(1000, 0)},
+            connections=1 << 20,
+        )
+
+    @classmethod
     def of(cls, device: str = "H100") -> Costs:
         """The constants recorded on a device whose name contains `device`; "model": round numbers.
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from llmcourse.vgpu.signature import declared_kernels, without_comments
 
+MAGIC = "%%cuda"
 NOT_YET = "not implemented yet"
 STUB = f"// YOUR CODE HERE\n#error {NOT_YET}"
 """What stands in a lab where its solution was."""

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,19 @@ def thin_dot_kernel(a, out, K: tl.constexpr):
 
 
 @triton.jit
+def breaking_kernel(x, n):
+    for i in range(n):
+        if i == 2:
+            break
+        tl.store(x + i, 1.0)
+
+
+@triton.jit
+def hinting_kernel(x, n):
+    tl.store(x + tl.multiple_of(n, 16), 1.0)
+
+
+@triton.jit
 def assembly_kernel(x):
     v = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tl.load(x)], tl.float32, True, 1)
     tl.store(x, v)
@@ -221,6 +235,8 @@ def test_what_triton_would_not_compile_does_not_run_here_either() -> None:
         (lambda: interpreted(block_condition_kernel)[(1,)](x, out, BLOCK=4), "cannot decide an `if`"),
         (lambda: interpreted(odd_block_kernel)[(1,)](x, N=48), "power of 2"),
         (lambda: interpreted(thin_dot_kernel)[(1,)](x, out, K=4), "K >= 16"),
+        (lambda: interpreted(breaking_kernel)[(1,)](x, 4), "does not compile Python's break"),
+        (lambda: interpreted(hinting_kernel)[(1,)](x, 17), "multiple of 16 .*; the value is 17"),
         (lambda: interpreted(assembly_kernel)[(1,)](x), "inline assembly"),
     ):
         with pytest.raises(KernelFault, match=message) as fault:
@@ -513,6 +529,22 @@ for use in (lambda: counters.count(None), lambda: counters.interpreted(None), co
     assert issubclass(MissingPackageError, CourseError)
 
 
+def test_notebooks_do_not_wait_for_counts() -> None:
+    x = randn(64, 1024)
+    a, out = randn(256, 256), torch.empty(256, 256)
+    launches = {
+        0.3: lambda: count(softmax_kernel)[(64,)](x, torch.empty_like(x), 1024, 1024, BLOCK=1024),
+        1.5: lambda: count(matmul_kernel)[(4, 4)](a, a, out, 256, 256, 256, BM=64, BN=64, BK=32),
+    }
+    for seconds, launch in launches.items():
+        took = []
+        for _ in range(3):
+            before = time.process_time()  # other processes of the machine do not count
+            launch()
+            took.append(time.process_time() - before)
+        assert min(took) < seconds
+
+
 # ── what is shown ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -534,6 +566,34 @@ def test_a_function_of_another_file_counts_on_the_line_that_calls_it() -> None:
     assert torch.equal(out, 3 * x)
     assert c.lines[line_of("# from elsewhere")].load_bytes == x.nbytes
     assert c.lines[line_of("# of this file")].load_bytes == x.nbytes
+
+
+@triton.jit
+def leaving_elsewhere_kernel(x):
+    tl.store(x, cases.load_twice(x + 9))  # leaves
+
+
+def test_a_fault_in_a_function_of_another_file_names_both_lines() -> None:
+    with pytest.raises(KernelFault) as fault:
+        interpreted(leaving_elsewhere_kernel)[(1,)](torch.zeros(8))
+    line = fault.value.line
+    assert line is not None
+    assert (line.file, line.line) == ("triton_cases.py", line_of("return 2 * tl.load(p)", cases.__file__))
+    assert line.inlined_at == SourceLine("test_counters.py", line_of("# leaves"))
+
+
+def test_memory_of_another_device_is_copied_there_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_interpreter._Arguments, "here", "nowhere")  # so that the CPU is another device
+    memory = torch.arange(64.0)
+    x, out = memory[:32], memory[32:]
+    before = memory.clone()
+    c = count(copy_kernel)[(2,)](x, out, 20, 1, 0, BLOCK=16)
+    assert torch.equal(memory[32:52], before[:20])
+    assert torch.equal(memory[52:], before[52:])
+    assert c.load_bytes == 80
+    with pytest.raises(KernelFault):
+        interpreted(add_one_kernel)[(2,)](x, out, 20, BLOCK=32)
+    assert torch.equal(memory[32:52], before[:20])  # a failed launch leaves the device as it was
 
 
 @triton.jit
@@ -599,7 +659,8 @@ def test_sectors_equal_a_count_by_sets_for_random_addresses() -> None:
 
 def test_rewritten_code_keeps_its_line_numbers() -> None:
     lines = ["def f(a, b):\n", "    x = a\n", "    x += b\n", "    return x if a < b < 3 else not b\n"]
-    code, names = _rewrite.rewrite(lines, 41, "file.py", frozenset())
+    syntax = frozenset({"Assign", "AugAssign", "Return", "IfExp", "Compare", "UnaryOp", "Name", "Constant"})
+    code, names = _rewrite.rewrite(lines, 41, "file.py", frozenset(), syntax)
     assert {line for _, _, line in code.co_lines() if line} >= {42, 43, 44}
     assert code.co_filename == "file.py"
     assert names >= {"a", "b", "x"}

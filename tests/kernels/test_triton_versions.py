@@ -47,8 +47,8 @@ def installed(version: str) -> Path:
                 done = subprocess.run([*command, f"triton=={version}"], capture_output=True, text=True)
                 if done.returncode:
                     pytest.fail(
-                        f"Triton {version} could not be installed beside this one, so that it is not known whether "
-                        f"kernels can be counted with it:\n{done.stderr.strip()[-1500:]}",
+                        f"Triton {version} could not be installed beside this one, so that it is not known "
+                        f"whether kernels can be counted with it:\n{done.stderr.strip()[-1500:]}",
                         pytrace=False,
                     )
                 os.replace(target, folder)
@@ -83,20 +83,23 @@ COMPILE = """
 import json, torch, triton, triton_cases as cases
 from llmcourse.kernels.compile_report import compile_report
 from llmcourse.kernels.counters import count
-before = {(o.__name__, k): id(v) for o in (triton.language, triton.language.core) for k, v in vars(o).items()}
+
+def language():
+    parts = (triton.language, triton.language.core, triton.language.tensor)
+    return {(part.__name__, name): value for part in parts for name, value in vars(part).items()}
+
 x = torch.randn(4, 64)
-def report():
-    return compile_report(cases.softmax_kernel, x, x, 64, 64, BLOCK=1024, num_warps=8, capabilities=(80,))[80]
-def dot():
-    h = torch.empty(64, 64, dtype=torch.float16)
-    return compile_report(cases.matmul_kernel, h, h, h.float(), 64, 64, 64, BM=64, BN=64, BK=32, capabilities=(90,))[90]
+h = torch.empty(64, 64, dtype=torch.float16)
+count(cases.copy_kernel)[(1,)](x, x, 4, 1, 0, BLOCK=4)  # imports what it needs
+before = language()
 count(cases.softmax_kernel)[(4,)](x, torch.empty_like(x), 64, 64, BLOCK=64)
-made, tensor_cores = report(), dot()
-assert made.error is None and tensor_cores.error is None, (made.error, tensor_cores.error)
-assert before == {
-    (o.__name__, k): id(v) for o in (triton.language, triton.language.core) for k, v in vars(o).items() if (o.__name__, k) in before
-}
-print(json.dumps([triton.__version__, made.registers, made.spills, made.load_widths, tensor_cores.tensor_core_opcodes]))
+assert language() == before
+rows = compile_report(cases.softmax_kernel, x, x, 64, 64, BLOCK=1024, num_warps=8, capabilities=(80,))
+tile = dict(BM=64, BN=64, BK=32)
+tiles = compile_report(cases.matmul_kernel, h, h, h.float(), 64, 64, 64, **tile, capabilities=(90,))
+assert rows[80].error is None and tiles[90].error is None, (rows, tiles)
+found = [rows[80].registers, rows[80].spills, rows[80].load_widths, tiles[90].tensor_core_opcodes]
+print(json.dumps([triton.__version__, *found]))
 """
 
 

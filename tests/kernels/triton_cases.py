@@ -158,7 +158,7 @@ def a_scalar_mask_masks() -> dict[str, Any]:
 @triton.jit
 def rows_kernel(x, out, rows, columns, sr, sc, BLOCK: tl.constexpr):
     r = tl.program_id(0)
-    c = tl.arange(0, BLOCK)
+    c = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), BLOCK), BLOCK)
     v = tl.load(x + r * sr + c * sc, mask=c < columns)
     tl.store(out + r * columns + c, v, mask=c < columns)
 
@@ -466,7 +466,7 @@ def shapes_kernel(x, out, B: tl.constexpr):
     v = tl.load(x + i)
     a, b = v.reshape(B // 2, 2).split()
     tl.store(out + i, tl.join(a, b).reshape(B))
-    tl.store(out + B + i, tl.interleave(a, b))
+    tl.store(out + v.shape[0] + i, tl.interleave(a, b))
     tl.store(out + 2 * B + i, tl.gather(v, B - 1 - i, 0))
     tl.store(out + 3 * B + i, v.reshape(B // 4, 4).T.reshape(B))
     tl.store(
@@ -635,6 +635,28 @@ def tensor_descriptors_of_host_and_device_stay_inside_their_tensors() -> dict[st
     return found
 
 
+@triton.jit
+def gather_kernel(x, rows, out, total, N: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    source = tl.make_tensor_descriptor(x, shape=[N, C], strides=[C, 1], block_shape=[1, C])
+    i = tl.arange(0, B)
+    v = source.gather(tl.load(rows + i), 0)
+    tl.store(out + i[:, None] * C + tl.arange(0, C)[None, :], v)
+    target = tl.make_tensor_descriptor(total, shape=[B, C], strides=[C, 1], block_shape=[B, C])
+    target.atomic_add([0, 0], v)
+
+
+@case
+def descriptors_gather_rows_and_add_to_tiles() -> dict[str, Any]:
+    x = randn(20, 16)
+    rows = torch.tensor([3, 0, 19, 3, 7, 8, 9, 1], dtype=torch.int32)
+    out, total = torch.zeros(8, 16), torch.ones(8, 16)
+    c = count(gather_kernel)[(1,)](x, rows, out, total, N=20, B=8, C=16)
+    assert torch.equal(out, x[rows.long()])
+    assert torch.equal(total, 1 + out)
+    assert c.args["x"].load_unique_bytes == 7 * 64
+    return {"x": dict(c.args["x"]), "total": dict(c.args["total"])}
+
+
 # ── the language ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -658,7 +680,7 @@ def logic_kernel(out, n, B: tl.constexpr):
     for j in range(n, 0, -1):
         tl.store(out + B + 2, j.to(tl.int64).to(tl.int32))
     for j in tl.range(0, n, num_stages=2):
-        tl.store(out + B + 3, j)
+        tl.store(out + B + 3, tl.multiple_of(j, 1))
     tl.store(out + B + 4, 5 if n > 3 else 6)
 
 

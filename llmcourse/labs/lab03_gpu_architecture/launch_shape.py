@@ -8,6 +8,7 @@ from typing import Any
 from llmcourse.grading.exercise import Exercise
 from llmcourse.grading.trial import Trial
 from llmcourse.hardware import CAPABILITIES, Capability, occupancy
+from llmcourse.labs.rungs import sm
 
 launch_shape = Exercise(
     "launch_shape",
@@ -48,21 +49,6 @@ launch_shape = Exercise(
 Gpu = Mapping[str, int]
 
 
-def described(c: Capability, sms: int) -> dict[str, int]:
-    """A compute capability as the exercise passes it."""
-    return {
-        "sms": sms,
-        "max_warps": c.max_warps,
-        "max_blocks": c.max_blocks,
-        "registers": c.registers,
-        "register_unit": c.register_unit,
-        "partitions": c.partitions,
-        "shared": c.shared_per_sm,
-        "shared_unit": c.shared_unit,
-        "shared_reserved": c.shared_reserved,
-    }
-
-
 def expected(n: int, threads: int, registers: int, shared: int, c: Capability, sms: int) -> tuple[int, int]:
     """By the package's own calculator, which is held against what CUDA answers on a GPU."""
     blocks = occupancy(c, threads, registers, shared).blocks
@@ -72,9 +58,7 @@ def expected(n: int, threads: int, registers: int, shared: int, c: Capability, s
 def _agree(t: Trial, c: Capability, threads: int, registers: int = 0, shared: int = 0, n: int = -1) -> None:
     """Both results for `n` elements, the blocks of an SM alone where no `n` is given."""
     sms, asked = t.size(2, 132), 10**9 if n < 0 else n
-    got = t.pair(
-        t.call(asked, threads, registers, shared, described(c, sms)), 2, "a pair (blocks_per_sm, grid)"
-    )
+    got = t.pair(t.call(asked, threads, registers, shared, sm(c, sms)), 2, "a pair (blocks_per_sm, grid)")
     right = expected(asked, threads, registers, shared, c, sms)
     t.equal(got[0], right[0], "blocks_per_sm")
     if n >= 0:

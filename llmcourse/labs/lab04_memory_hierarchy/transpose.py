@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import at_most, launch, no_conflicts, out, per_request, written
+from llmcourse.grading.kernel_trial import Launched, at_most, launch, no_conflicts, out, per_request, written
 from llmcourse.grading.trial import Trial
 
 transpose = KernelExercise(
@@ -53,7 +53,7 @@ TRAFFIC = (
 BANKS = ("shared_load_bank_conflicts", "shared_store_bank_conflicts")
 
 
-def _transpose(t: Trial, rows: int, cols: int, height: int, watch: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+def _transpose(t: Trial, rows: int, cols: int, height: int, watch: tuple[str, ...] = ()) -> Launched:
     x = t.normal(rows, cols, dtype=np.float32)
     grid = (-(-cols // 32), -(-rows // 32))
     run = launch(t, grid, (32, height), x, out(cols, rows), rows, cols, watch=watch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import at_most, launch, out, unwritten, written
+from llmcourse.grading.kernel_trial import Launched, at_most, launch, out, unwritten, written
 from llmcourse.grading.trial import Trial
 
 vector_copy = KernelExercise(
@@ -49,7 +49,9 @@ COUNTED = (
 SPARE = 20
 
 
-def _copy(t: Trial, grid: int, block: int, n: int, spare: int = SPARE, watch: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+def _copy(
+    t: Trial, grid: int, block: int, n: int, spare: int = SPARE, watch: tuple[str, ...] = ()
+) -> Launched:
     x = t.normal(n + spare, dtype=np.float32)
     run = launch(t, grid, block, x, out(n + spare), n, watch=watch)
     written(t, run.arrays[0], np.append(x[:n], unwritten(spare)), "y")
