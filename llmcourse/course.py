@@ -49,9 +49,21 @@ CHAPTERS = (
     ),
     Chapter("02", "activations_losses_optimizers", "Activations, losses, optimizers", 1, "cost, memory"),
     Chapter(
-        "03", "gpu_architecture", "GPU architecture: threads, warps, occupancy", 2, "latency, throughput"
+        "03",
+        "gpu_architecture",
+        "GPU architecture: threads, warps, occupancy",
+        2,
+        "latency, throughput",
+        ready=True,
     ),
-    Chapter("04", "memory_hierarchy", "The memory hierarchy and the roofline", 2, "latency, throughput"),
+    Chapter(
+        "04",
+        "memory_hierarchy",
+        "The memory hierarchy and the roofline",
+        2,
+        "latency, throughput",
+        ready=True,
+    ),
     Chapter("05", "triton_kernels", "Triton kernels and layer fusion", 2, "latency"),
     Chapter("06", "streams_graphs_transfers", "Streams, CUDA graphs, transfers", 2, "latency"),
     Chapter("07", "transformer", "The transformer, built and loaded", 3, "cost"),

@@ -11,9 +11,9 @@ somebody wrote it by hand. The text is fetched once for a verdict; it cannot be 
 and another for the counters.
 
 **What a text may cost.** It is not trusted either. Its length, its instructions, registers, variables and
-branches are limited before anything is prepared, a launch has a number of steps and two seconds of processor
-time, and a kernel that did not end once is not launched again. `printf` says nothing here. Whatever goes
-wrong in reading or running it is a verdict on the kernel.
+branches are limited before anything is prepared. A launch has a number of steps and two seconds of processor
+time, all launches together have ten, and a kernel that did not end once is not launched again. `printf` says
+nothing here. Whatever goes wrong in reading or running it is a verdict on the kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from time import thread_time
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,6 +48,7 @@ MAX_GLOBAL = 1 << 20  # bytes of __device__ and __constant__ variables
 MAX_LANES = 1 << 14  # threads of one launch
 STEPS = 2_000  # basic blocks that one launch may run
 SECONDS = 2.0  # of processor time, for one launch
+ALL_SECONDS = 10.0  # for all launches of a verdict
 MAX_TEXT = 2_000  # of a message
 
 NO_KERNEL = 'a cell that starts with %%cuda and defines "__global__ void {name}(…)".'
@@ -63,6 +65,7 @@ class JudgedKernel:
     def __init__(self, name: str, entry: str, text: str, source: str = "") -> None:
         self.name, self.source = name, source
         self.fault: KernelFault | None = None
+        self.left = ALL_SECONDS
         if len(text) > MAX_PTX:
             raise _too_much(f"{len(text):,} characters of PTX", f"{MAX_PTX:,}")
         self.module, self.kernel = _read(text, entry)
@@ -109,6 +112,7 @@ class JudgedKernel:
         )
         assert np.prod(blocks) * np.prod(threads) <= MAX_LANES, "a launch of the judge's own is too large"
         given = [a.data for a in bind(self.name, self.kernel.parameters, None, arguments)]
+        began = thread_time()
         try:
             run = machine.execute(
                 self.kernel,
@@ -118,12 +122,14 @@ class JudgedKernel:
                 given,
                 dynamic_shared=shared,
                 step_limit=STEPS,
-                seconds=SECONDS,
+                seconds=min(SECONDS, self.left),
                 names=list(names) or None,
             )
         except KernelFault as fault:
             if fault.kind == "endless":
-                fault.fix = "checking that every loop comes to its end: kernels of this lab take far fewer steps."
+                fault.fix = (
+                    "checking that every loop comes to its end: kernels of this lab take far fewer steps."
+                )
                 self.fault = fault
             raise
         except CourseError:
@@ -134,6 +140,8 @@ class JudgedKernel:
                 "Its PTX has something that the machine does not expect.",
                 "the kernel object that a %%cuda cell makes; if it is one, the machine is at fault.",
             ) from None
+        finally:
+            self.left -= thread_time() - began
         return run.counters
 
     def line(self, number: int) -> str:
@@ -181,7 +189,7 @@ def refused(error: CourseError, line: str = "") -> Mismatch:
     )
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=48)
 def _read(text: str, entry: str) -> tuple[isa.Module, isa.Kernel]:
     """The module and its kernel, made ready for the machine."""
     module = ptx.parse(text, MAX_SIZE)

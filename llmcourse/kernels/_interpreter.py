@@ -567,7 +567,7 @@ class Launch:
     def __init__(self, kernel: Any, *, counting: bool) -> None:
         self.kernel: str = kernel.fn.__name__
         self.file: str = kernel.fn.__code__.co_filename
-        self.shown_file = "cell" if "ipykernel" in self.file else os.path.basename(self.file)
+        self.shown_file = _shown(self.file, self.kernel)
         self.memory = Memory(self.kernel, counting=counting, where=self.where, here=self.here)
         self.counting = counting
         self.float_ops = 0
@@ -596,15 +596,15 @@ class Launch:
     def place(self, frames: Iterable[tuple[FrameType, int]]) -> SourceLine:
         """The line of the reader's own code among these frames of a kernel (the innermost last)."""
         calls = [
-            (frame.f_code.co_filename, line)
+            (frame.f_code.co_filename, line, frame.f_code.co_name)
             for frame, line in frames
             if _rewrite.NAME in frame.f_globals and not frame.f_globals["__name__"].startswith("triton.")
         ]
-        own = [line for file, line in calls if file == self.file]
+        own = [line for file, line, _ in calls if file == self.file]
         at = SourceLine(self.shown_file, own[-1] if own else 0)
         if calls and calls[-1][0] != self.file:
-            file, line = calls[-1]
-            return SourceLine(os.path.basename(file), line, inlined_at=at)
+            file, line, function = calls[-1]
+            return SourceLine(_shown(file, function), line, inlined_at=at)
         return at
 
     def here(self) -> SourceLine:
@@ -781,6 +781,12 @@ class Launch:
 
     def refuse(self, what: str) -> NoReturn:
         raise TypeError(f"Triton does not compile Python's {what.lower()}")
+
+
+def _shown(file: str, function: str) -> str:
+    """A file's name as readers know it; a notebook's cells are files with numbers for names."""
+    cell = "ipykernel" in file or file.startswith("<ipython")
+    return f"cell of {function}" if cell else os.path.basename(file)
 
 
 _codes: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -417,11 +417,12 @@ def _compiled(triton: Any, source: Any, capability: int, options: dict[str, Any]
     from triton.backends.compiler import GPUTarget
 
     started = time.perf_counter()
+    said: list[str] = []
     try:
-        with redirect_stdout(io.StringIO()):  # a failing ptxas has its whole input printed
+        with _caught(said):
             kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     except Exception as error:  # the compiler's many ways to say no; none is this function's own
-        return Target(capability, error=_reason(error), seconds=time.perf_counter() - started)
+        return Target(capability, error=_reason(error, *said), seconds=time.perf_counter() - started)
     ptx = kernel.asm["ptx"]
     target = re.search(r"^\.target\s+(\w+)", ptx, re.M)
     name = target[1] if target else f"sm_{capability}"
@@ -447,9 +448,30 @@ def _compiled(triton: Any, source: Any, capability: int, options: dict[str, Any]
     )
 
 
-def _reason(error: Exception) -> str:
-    """The line of a compiler's message that says why."""
+@contextmanager
+def _caught(said: list[str]) -> Iterator[None]:
+    """Keep what the compiler prints, from Python and from C++: all of its input, when it fails."""
+    with tempfile.TemporaryFile() as file:
+        own = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            with redirect_stdout(io.StringIO()):
+                yield
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+
+
+def _reason(error: Exception, said: str = "") -> str:
+    """The line of a compiler's message that says why.
+
+    said   what the compiler's C++ part printed
+    """
     text = str(error)
+    if found := re.search(r"Assertion `(.*)' failed|LLVM ERROR: (.*)", said):
+        return f"the compiler gave up: {found[1] or found[2]}"[:300]
     if found := re.search(r"ValueError\(['\"](type fp8\w+ not supported)[^\"]*", text):
         kind = re.search(r"fp8\w+", found[1])
         return f"{kind[0] if kind else 'fp8'} does not exist on this GPU"

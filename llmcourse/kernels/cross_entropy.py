@@ -51,7 +51,8 @@ from llmcourse.kernels.checks import (
     row_stride,
 )
 from llmcourse.kernels.language import tl, triton
-from llmcourse.kernels.launch import Plan, ceil_div, launch, power_of_two
+from llmcourse.kernels.launch import Plan, ceil_div, launch, power_of_two, vector_of
+from llmcourse.kernels.softmax import combined, of_all_parts, parts_of, running_sums
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -126,22 +127,10 @@ def pick_kernel(log_probs, target, loss, columns, ignore_index):
 
 
 @triton.jit
-def log_sum_exp(logits, columns, BLOCK: tl.constexpr):
-    """log Σ exp of one row, in one pass: the sum so far is rescaled whenever the maximum grows."""
-    c = tl.arange(0, BLOCK)
-    m = -float("inf")
-    l = 0.0  # noqa: E741
-    for start in tl.range(0, columns, BLOCK):
-        v = tl.load(logits + start + c, mask=start + c < columns, other=-float("inf")).to(tl.float32)
-        new = tl.maximum(m, tl.max(v, axis=0))
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        l = l * tl.exp(m - shift) + tl.sum(tl.exp(v - shift), axis=0)  # noqa: E741
-        m = new
-    return m + tl.log(l)
-
-
-@triton.jit
-def loss_kernel(logits, target, loss, lse, stride, columns, ignore_index, BLOCK: tl.constexpr):
+def loss_kernel(
+    logits, target, loss, lse, stride, columns, ignore_index,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One row a program: its loss and lse, from one reading of the row."""
     row = tl.program_id(0).to(tl.int64)
     t = tl.load(target + row)
@@ -150,7 +139,9 @@ def loss_kernel(logits, target, loss, lse, stride, columns, ignore_index, BLOCK:
         tl.store(loss + row, 0.0)
         tl.store(lse + row, 0.0)
     else:
-        z = log_sum_exp(logits, columns, BLOCK)
+        m, l = running_sums(logits, 0, columns, BLOCK, VECTOR, STAGES)  # noqa: E741
+        top, total = combined(m, l)
+        z = top + tl.log(total)
         # A target outside the vocabulary gives NaN: the kernel cannot raise, and must not read elsewhere.
         picked = tl.load(logits + t, mask=(t >= 0) & (t < columns), other=float("nan")).to(tl.float32)
         tl.store(loss + row, z - picked)
@@ -179,36 +170,67 @@ def gradient_kernel(
 
 
 @triton.jit
-def loss_and_gradient_kernel(logits, target, loss, stride, columns, ignore_index, BLOCK: tl.constexpr):
-    """One row a program: its loss, and softmax − one-hot written over its logits, which L2 still holds."""
-    row = tl.program_id(0).to(tl.int64)
+def loss_and_gradient_kernel(
+    logits, target, loss, started, arrived, parts_m, parts_l, stride, columns, ignore_index,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """PARTS programs a row, WIDTH columns each: the loss, and softmax − one-hot written over the logits.
+
+    Logits are read twice, once for the sum and once to be replaced. L2 holds them meanwhile if the rows that
+    are in work at a time fit, which is what parts are for (as in softmax's `split`).
+    """
+    if PARTS > 1:
+        number = tl.atomic_add(started, 1)
+    else:
+        number = tl.program_id(0)
+    row = (number // PARTS).to(tl.int64)
+    part = number % PARTS
     t = tl.load(target + row)
     logits += row * stride
-    c = tl.arange(0, BLOCK)
+    first = part * WIDTH
+    last = tl.minimum(first + WIDTH, columns)
+    c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     if t == ignore_index:
-        tl.store(loss + row, 0.0)
-        for start in tl.range(0, columns, BLOCK):
-            zero = tl.zeros((BLOCK,), logits.dtype.element_ty)
-            tl.store(logits + start + c, zero, mask=start + c < columns)
+        if part == 0:
+            tl.store(loss + row, 0.0)
+        for start in tl.range(first, last, BLOCK):
+            zero = tl.zeros((BLOCK // VECTOR, VECTOR), logits.dtype.element_ty)
+            tl.store(logits + start + c, zero, mask=start + c < last)
     else:
-        z = log_sum_exp(logits, columns, BLOCK)
-        picked = tl.load(logits + t, mask=(t >= 0) & (t < columns), other=float("nan")).to(tl.float32)
-        tl.store(loss + row, z - picked)
-        tl.debug_barrier()  # every thread has read the target's logit before one writes over it
-        hit = tl.where((t >= 0) & (t < columns), 1.0, float("nan"))
-        for start in tl.range(0, columns, BLOCK):
-            v = tl.load(logits + start + c, mask=start + c < columns).to(tl.float32)
+        known = (t >= 0) & (t < columns)
+        picked = tl.load(logits + t, mask=known & (part == 0), other=float("nan")).to(tl.float32)
+        m, l = running_sums(logits, first, last, BLOCK, VECTOR, STAGES)  # noqa: E741
+        top, total = combined(m, l)
+        if PARTS > 1:  # no part goes on to write before every part has read, the target's logit too
+            top, total = of_all_parts(top, total, row, part, arrived, parts_m, parts_l, PARTS)
+        else:
+            tl.debug_barrier()
+        z = top + tl.log(total)
+        if part == 0:
+            tl.store(loss + row, z - picked)
+        hit = tl.where(known, 1.0, float("nan"))
+        for start in tl.range(first, last, BLOCK, num_stages=STAGES):
+            inside = start + c < last
+            v = tl.load(logits + start + c, mask=inside, eviction_policy="evict_first").to(tl.float32)
             g = (tl.exp(v - z) - tl.where(start + c == t, 1.0, 0.0)) * hit
-            tl.store(logits + start + c, g.to(logits.dtype.element_ty), mask=start + c < columns)
+            g = g.to(logits.dtype.element_ty)
+            tl.store(logits + start + c, g, mask=inside, eviction_policy="evict_first")
 
 
 # wrappers
 
 
 def loss_plan(columns: int) -> Plan:
-    """Columns at a time and warps of the kernels that walk along a row."""
-    block = min(8192, power_of_two(columns))
-    return Plan("online", block=block, warps=max(1, min(16, block // 512)))
+    """Columns at a time and warps of the kernel that walks along a row once."""
+    block = min(2048, power_of_two(columns))
+    return Plan("online", block=block, warps=max(1, min(4, block // 512)))
+
+
+def step_plan(columns: int, *, interpret: bool = False) -> Plan:
+    """Columns at a time, warps and parts of the kernel that gives loss and gradient at once."""
+    block = min(16384, power_of_two(columns))
+    return Plan("online", block=block, warps=max(1, min(32, block // 512)))
 
 
 GRADIENT_PLAN = Plan("gradient", block=4096, warps=8)
@@ -222,7 +244,8 @@ def losses(
     loss, lse = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
     launch(
         loss_kernel, len(logits), logits, target, loss, lse, row_stride(logits), logits.shape[1], ignore,
-        BLOCK=plan.block, num_warps=plan.warps, interpret=interpret,
+        BLOCK=plan.block, VECTOR=vector_of(logits, plan.block), STAGES=plan.stages,
+        num_warps=plan.warps, interpret=interpret,
     )  # fmt: skip
     return loss, lse
 
@@ -252,10 +275,17 @@ def losses_and_gradient(
     logits: Tensor, target: Tensor, loss: Tensor, ignore: int, plan: Plan, interpret: bool = False
 ) -> None:
     """Write each row's loss, and softmax − one-hot over the logits."""
+    rows, columns = logits.shape
+    parts = parts_of(columns, plan) if plan.kernel == "split" else 1
+    shared = parts > 1
+    flags = (torch.zeros if shared else torch.empty)(rows + 1, dtype=torch.int32, device=logits.device)
+    m, l = (torch.empty(rows, parts, dtype=torch.float32, device=logits.device) for _ in range(2))  # noqa: E741
     launch(
-        loss_and_gradient_kernel, len(logits),
-        logits, target, loss, row_stride(logits), logits.shape[1], ignore,
-        BLOCK=plan.block, num_warps=plan.warps, interpret=interpret,
+        loss_and_gradient_kernel, rows * parts,
+        logits, target, loss, flags, flags[1:], m, l, row_stride(logits), columns, ignore,
+        PARTS=parts, WIDTH=(plan.part or plan.block) if shared else power_of_two(columns),
+        BLOCK=plan.block, VECTOR=vector_of(logits, plan.block), STAGES=plan.stages,
+        num_warps=plan.warps, interpret=interpret,
     )  # fmt: skip
 
 
@@ -387,7 +417,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reduction: str,
         chunk: int,
         sum_dtype: torch.dtype,
-        plan: Plan,
+        plan: Plan | None,
         interpret: bool,
     ) -> Tensor:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
@@ -402,9 +432,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = memory[: len(x[part])]
             torch.mm(x[part], weight.T, out=logits)
             if not (wants_x or wants_weight):
-                loss[part] = losses(logits, target[part], ignore, plan, interpret)[0]
+                once = plan or loss_plan(vocabulary)
+                loss[part] = losses(logits, target[part], ignore, once, interpret)[0]
                 continue
-            losses_and_gradient(logits, target[part], loss[part], ignore, plan, interpret)
+            step = plan or step_plan(vocabulary, interpret=interpret)
+            losses_and_gradient(logits, target[part], loss[part], ignore, step, interpret)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[part])
             if dw is not None:
@@ -471,7 +503,6 @@ def linear_cross_entropy(
     if chosen == "reference":
         return linear_reference(x, weight, target, ignore_index=ignore_index, reduction=reduction)
     chunk = chunk_rows or max(1, CHUNK_BYTES // max(1, len(weight) * x.element_size()))
-    plan = plan or loss_plan(len(weight))
     return _LinearCrossEntropy.apply(
         x, weight, target, ignore_index, reduction, chunk, sum_dtype, plan, chosen == "interpret"
     )

@@ -12,7 +12,7 @@ For x of E elements of b bytes:
     naive     turned copy (−x₂, x₁): 2·E·b, then x·cos + turned·sin: 3·E·b = 5·E·b    2
     fused     read x, write out: 2·E·b                                                1
 
-plus the tables, which all heads of a token share: one program takes the heads of one token, so that it reads
+plus the tables, which all heads of a token share: one program takes several heads of a token, so that it reads
 their row once.
 
 Backward turns the other way: the same kernel with −sin. Nothing but the tables is kept.
@@ -100,22 +100,29 @@ def rope_kernel(
     x, cos, sin, positions, out,
     x_batch, x_head, x_token, out_batch, out_head, out_token, cos_stride, sin_stride, p_batch, p_token,
     heads, length, table, half,
-    POSITIONS: tl.constexpr, BACKWARD: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    POSITIONS: tl.constexpr, BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of one token a program. A position that the tables lack gives NaN, not foreign memory."""
-    groups = tl.cdiv(heads, HEADS)
-    token = tl.program_id(0) // groups
-    h = (tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
-    batch = (token // length).to(tl.int64)
-    t = (token % length).to(tl.int64)
-    i = tl.arange(0, BLOCK)[None, :]
-    p = tl.load(positions + batch * p_batch + t * p_token).to(tl.int64) if POSITIONS else t
+    """HEADS heads of TOKENS tokens a program: [HEADS, TOKENS, BLOCK] pairs, and the tables [TOKENS, BLOCK].
+
+    A position that the tables lack gives NaN, not foreign memory.
+    """
+    token_groups, head_groups = tl.cdiv(length, TOKENS), tl.cdiv(heads, HEADS)
+    group = tl.program_id(0) // token_groups
+    t = (tl.program_id(0) % token_groups * TOKENS + tl.arange(0, TOKENS)[None, :, None]).to(tl.int64)
+    h = (group % head_groups * HEADS + tl.arange(0, HEADS)[:, None, None]).to(tl.int64)
+    batch = (group // head_groups).to(tl.int64)
+    i = tl.arange(0, BLOCK)[None, None, :]
+    if POSITIONS:
+        p = tl.load(positions + batch * p_batch + t * p_token, mask=t < length, other=-1).to(tl.int64)
+    else:
+        p = t
     known = (i < half) & (p >= 0) & (p < table)
     c = tl.load(cos + p * cos_stride + i, mask=known, other=float("nan")).to(tl.float32)
     s = tl.load(sin + p * sin_stride + i, mask=known, other=float("nan")).to(tl.float32)
     if BACKWARD:
         s = -s
-    inside = (h < heads) & (i < half)
+    inside = (h < heads) & (t < length) & (i < half)
     x += batch * x_batch + h * x_head + t * x_token + i
     out += batch * out_batch + h * out_head + t * out_token + i
     a = tl.load(x, mask=inside).to(tl.float32)
@@ -124,11 +131,22 @@ def rope_kernel(
     tl.store(out + half, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
 
 
-def rope_plan(heads: int, head_dim: int) -> Plan:
-    """Up to 4096 elements a program, at most all heads of a token."""
-    block = power_of_two(head_dim // 2)
-    rows = max(1, min(power_of_two(heads), 2048 // block))
-    return Plan("fused", rows, block, warps=max(1, min(8, rows * block // 256)))
+def rope_plan(x: Tensor) -> Plan:
+    """Up to 4096 elements a program: `rows` heads of `block` tokens, neighbours in memory first.
+
+    x [B, H, S, D]. Where a token's heads lie side by side (from a projection), a program takes heads; where a
+    head's tokens do, it takes tokens, and some heads as well, which then share the tables.
+    """
+    _, heads, length, head_dim = x.shape
+    pairs = power_of_two(head_dim // 2)
+    most = max(1, 2048 // pairs)
+    if x.stride(1) <= x.stride(2) or length == 1:
+        rows = min(power_of_two(heads), most)
+        tokens = min(power_of_two(length), most // rows)
+    else:
+        rows = min(power_of_two(heads), 4, most)
+        tokens = min(power_of_two(length), most // rows)
+    return Plan("fused", rows, tokens, warps=max(1, min(8, rows * tokens * pairs // 256)))
 
 
 def turn(
@@ -149,10 +167,11 @@ def turn(
     p = cos if positions is None else positions  # a pointer that is not read without POSITIONS
     p_strides = (0, 0) if positions is None else positions.stride()
     launch(
-        rope_kernel, batch * length * ceil_div(heads, plan.rows),
+        rope_kernel, batch * ceil_div(length, plan.block) * ceil_div(heads, plan.rows),
         x, cos, sin, p, out, *x.stride()[:3], *out.stride()[:3], cos.stride(0), sin.stride(0), *p_strides,
         heads, length, cos.shape[0], head_dim // 2,
-        POSITIONS=positions is not None, BACKWARD=backward, HEADS=plan.rows, BLOCK=plan.block,
+        POSITIONS=positions is not None, BACKWARD=backward,
+        HEADS=plan.rows, TOKENS=plan.block, BLOCK=power_of_two(head_dim // 2),
         num_warps=plan.warps, interpret=interpret,
     )  # fmt: skip
     return out
@@ -255,7 +274,7 @@ def rope(
     chosen = choose(backend, x)
     if chosen == "reference":
         return reference(x, cos, sin, positions)
-    plan = plan or rope_plan(x.shape[1], x.shape[3])
+    plan = plan or rope_plan(x)
     return _Rope.apply(x, cos, sin, positions, plan, chosen == "interpret")
 
 

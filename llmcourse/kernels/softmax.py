@@ -449,7 +449,7 @@ def _check_plan(plan: Plan, x: Tensor, interpret: bool) -> None:
         )
     if plan.kernel == "split":
         parts = parts_of(columns, plan)
-        if interpret:
+        if interpret and parts > 1:
             raise ShapeError(
                 "the kernel `split` in the interpreter.",
                 "Its programs wait for each other, and the interpreter runs one after the other.",

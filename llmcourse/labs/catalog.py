@@ -62,12 +62,15 @@ NUMPY_ONLY = (
     "llmcourse.plug",
 )
 
+SIMULATED = (*NUMPY_ONLY, "llmcourse.streams")
+
 KERNELS = ("llmcourse.hardware", "llmcourse.kernels", "llmcourse.vgpu.corpus")
 
 LABS = (
     Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),
     Lab("03", "gpu_architecture", "Threads, warps and blocks in CUDA C++", forbidden=KERNELS),
     Lab("04", "memory_hierarchy", "Memory traffic in CUDA C++, counted", forbidden=KERNELS),
+    Lab("06", "streams_graphs_transfers", "Schedules, prefetching, capture", forbidden=SIMULATED),
 )
 
 

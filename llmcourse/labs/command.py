@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,8 +209,9 @@ def _the_lab(names: Sequence[str], file: Path | None) -> Lab:
         return find_lab(names[0])
     if file is not None and any(file.stem == lab.name for lab in LABS):
         return find_lab(file.stem)
-    if len(LABS) == 1:
-        return LABS[0]
+    for cell in read_cells(file) if file is not None else []:
+        if opened := re.search(r"open_lab\([\"'](\w+)[\"']\)", cell.source):
+            return find_lab(opened[1])
     raise UnknownNameError(
         "no lab was named.", "There are several.", f"one of {', '.join(lab.name for lab in LABS)}."
     )

@@ -10,10 +10,11 @@ A point is a place in the package where one function can stand for another. `poi
 the signature that each expects. After the block the package's own code is back, whatever happened in it.
 What your function returns is checked where it is used; what it raises says at which point it was.
 
-`point` holds the mechanism, `autograd` the points of `llmcourse.autograd`.
+`point` holds the mechanism, `autograd` the points of `llmcourse.autograd`, `kernels` those of
+`llmcourse.models`.
 """
 
-from llmcourse.plug import autograd  # registers its points
+from llmcourse.plug import autograd, kernels  # they register their points
 from llmcourse.plug.point import Plug, PlugError, Point, plug, points, register
 
-__all__ = ["Plug", "PlugError", "Point", "autograd", "plug", "points", "register"]
+__all__ = ["Plug", "PlugError", "Point", "autograd", "kernels", "plug", "points", "register"]

@@ -13,6 +13,8 @@ The calls become a `Program`, which can be searched for races, simulated and run
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmcourse.streams.calls import MB, Event
 from llmcourse.streams.faults import ProgramError
 from llmcourse.streams.program import Program
@@ -96,7 +98,7 @@ class Loop:
         self.lines.append(("synchronize", self.marks[number]))
 
     @property
-    def calls(self) -> tuple[object, ...]:
+    def calls(self) -> tuple[Callable[..., int | None], ...]:
         """The functions that a loop is given, in the order of its arguments."""
         return self.prepare, self.copy, self.step, self.record, self.wait, self.synchronize
 

@@ -86,7 +86,7 @@ def both(
 @pytest.mark.parametrize("to", SMALL, ids=str)
 def test_conversions_are_those_of_the_hardware(to: torch.dtype) -> None:
     """But for what float8e5 cannot hold: infinity in the interpreter and in torch, 57344 on the GPU."""
-    sources = [awkward(), *(every(d) for d in SMALL if d != to)]
+    sources = [awkward(), *(every(d) for d in SMALL if 2 in (d.itemsize, to.itemsize) and d != to)]
     for x in sources:
         if to == torch.float8_e5m2:
             x = torch.where(x.float().abs() >= 61440, torch.zeros_like(x), x)
@@ -102,7 +102,8 @@ def test_integers_are_those_of_the_hardware() -> None:
     (gpu,), (here,) = both(
         cases.integer_kernel, torch.zeros(12, dtype=torch.int32), -7, 3, 0xFEDCBA9876543210 - 2**64
     )
-    assert torch.equal(gpu, here)
+    defined = [i for i in range(12) if i != 8]  # a compiler that sees NaN may make anything of int(NaN)
+    assert torch.equal(gpu[defined], here[defined])
 
 
 def test_sixteen_bit_arithmetic_is_that_of_the_hardware() -> None:

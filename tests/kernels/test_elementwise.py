@@ -162,7 +162,7 @@ def test_a_position_beyond_the_tables_is_refused_here_and_nan_in_a_kernel():
     cos, sin = tables(4, 8)
     x, p = torch.randn(1, 2, 3, 8), torch.tensor([[0, 4, 1]])
     refused(lambda: rope_file.rope(x, cos, sin, p), ShapeError, "0 to 4", "0 to 3")
-    plan = rope_file.rope_plan(2, 8)
+    plan = rope_file.rope_plan(x)
     out = rope_file.turn(x, cos, sin, p, plan, backward=False, interpret=True)
     assert out[:, :, 1].isnan().all()
     assert not out[:, :, [0, 2]].isnan().any()

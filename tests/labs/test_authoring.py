@@ -368,3 +368,51 @@ def test_every_stub_is_python(released) -> None:
         if cell.cell_type == "code":
             ast.parse(cell.source)
     assert json.loads(nbformat.writes(released))["nbformat_minor"] == 5
+
+
+# ── CUDA C++ ─────────────────────────────────────────────────────────────────────────────────────
+
+KERNEL = """\
+%%cuda
+__global__ void double(float* x, int n) {
+    // ### BEGIN SOLUTION
+    int number_of_the_thread = threadIdx.x;
+    x[number_of_the_thread] *= 2;
+    // ### END SOLUTION
+}"""
+
+
+@pytest.fixture
+def with_kernel(tmp_path: Path) -> tuple[NotebookNode, NotebookNode]:
+    """The small lab with a kernel as its first exercise: the source, and what learners get."""
+    nb = small_lab.source_notebook()
+    find(nb, "double").source = KERNEL
+    small_lab.write_source(tmp_path, nb)
+    authoring.build(tmp_path, [NAME])
+    page = tmp_path / "labs" / NAME / f"{NAME}.ipynb"
+    return canonical.read(authoring.source_path(tmp_path, NAME)), canonical.read(page)
+
+
+def test_a_cell_of_cuda_gets_a_stub_of_cuda_and_the_others_one_of_python(with_kernel, tmp_path) -> None:
+    source, released = with_kernel
+    assert find(released, "double").source == (
+        "%%cuda\n__global__ void double(float* x, int n) {\n"
+        "    // YOUR CODE HERE\n    #error not implemented yet\n}"
+    )
+    assert 'raise NotImplementedError("not implemented yet")' in find(released, "shift").source
+    assert gates.check(NAME, source, released, small_lab.EXERCISES, tmp_path / "labs" / NAME) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("#error not implemented yet", "", "the stub is not `#error not implemented yet`"),
+        ("#error not", "#error really not", "the stub is not"),
+        ("void double(", "void twice(", "no `__global__ void double(`"),
+        ("    #error", "    int number_of_the_thread = threadIdx.x;\n    #error", "the line of a solution"),
+    ],
+)
+def test_a_gate_finds_a_fault_in_a_cell_of_cuda(old, new, what, with_kernel, tmp_path) -> None:
+    replace("double", old, new)(*with_kernel)
+    found = gates.check(NAME, *with_kernel, small_lab.EXERCISES, tmp_path / "labs" / NAME)
+    assert any(what in problem.what for problem in found), [p.what for p in found]

@@ -63,7 +63,7 @@ def powers(t: Trial) -> None:
 def odd(t: Trial) -> None:
     _agree(t, tensor(t, 3, t.odd(33, 47)))
     _agree(t, tensor(t, t.odd(3, 7), t.odd(129, 191)))
-    _agree(t, tensor(t, 5, 1))
+    _agree(t, tensor(t, 5, 1) + 6)
 
 
 @rms_norm.check("eps stands under the root, and keeps rows near zero finite")

@@ -41,9 +41,9 @@ decode_step = Exercise(
         "and mask takes out those after `position`. At the end argmax writes into `token` itself, where the "
         "next replay's gather looks, and add raises `position` by one.",
         "op('x', 'gather', 'embedding', 'token'); q, k and v by 'matmul' with wq, wk, wv; op('keys', "
-        "'store', 'position', 'k') and the values alike; op('s', 'scores', 'q', 'keys'); op('s', 'mask', 's', "
-        "'position'); op('s', 'softmax', 's'); op('y', 'mix', 's', 'values'); op('logits', 'matmul', 'y', "
-        "'wo'); op('token', 'argmax', 'logits'); op('position', 'add', 'position', 1).",
+        "'store', 'position', 'k') and the values alike; op('s', 'scores', 'q', 'keys'); op('s', 'mask', "
+        "'s', 'position'); op('s', 'softmax', 's'); op('y', 'mix', 's', 'values'); op('logits', 'matmul', "
+        "'y', 'wo'); op('token', 'argmax', 'logits'); op('position', 'add', 'position', 1).",
     ),
 )
 

@@ -57,7 +57,7 @@ def simulated(jobs: Jobs, order: Sequence[int]) -> float:
 
 
 def two_stages(jobs: Jobs, order: Sequence[int]) -> float:
-    """The same by arithmetic, for the judge's own search."""
+    """The same number by arithmetic, a hundred times as fast: for searches, the judge's and the learner's."""
     copied = worked = 0
     for i in order:
         copied += jobs[i][0]
@@ -76,7 +76,7 @@ def _asked(t: Trial, jobs: Jobs, limit: int) -> list[int]:
     """The learner's order, which must be one. Mismatch if the simulator was asked too often."""
 
     def makespan(order: Any) -> float:
-        return simulated(jobs, _order(order, len(jobs), "makespan was asked for"))
+        return two_stages(jobs, _order(order, len(jobs), "makespan was asked for"))
 
     oracle = Oracle(makespan, "the simulator", limit)
     try:
@@ -131,8 +131,8 @@ def small(t: Trial) -> None:
     known = [[(8, 2), (2, 8), (4, 6), (6, 4)], [(5, 9), (1, 7), (9, 3)], [(3, 1), (9, 6), (7, 4), (8, 2)]]
     for jobs in known:
         _best(t, jobs, TRIES)
-    for _ in range(12):
-        _best(t, _jobs(t, t.size(3, 5)), TRIES)
+    for count in (4, 4, 4, 4, 5, 5):
+        _best(t, _jobs(t, count), TRIES)
 
 
 @launch_order.check("the simulator is asked at most twice for each job")

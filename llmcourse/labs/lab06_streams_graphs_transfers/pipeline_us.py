@@ -178,7 +178,8 @@ def half_duplex(n: Any, stages: Any, streams: Any) -> Any:
     caught_by="one_stream",
 )
 def before_it_is_out(n: Any, stages: Any, streams: Any) -> Any:
-    engine, worked = [0, 0, 0], []
+    engine: list[float] = [0, 0, 0]
+    worked: list[float] = []
     for i in range(n):
         time = worked[i - streams] if i >= streams else 0
         for j in range(3):
@@ -194,7 +195,8 @@ def before_it_is_out(n: Any, stages: Any, streams: Any) -> Any:
     caught_by="one_stream",
 )
 def one_too_far(n: Any, stages: Any, streams: Any) -> Any:
-    engine, done = [0, 0, 0], []
+    engine: list[float] = [0, 0, 0]
+    done: list[float] = []
     for i in range(n):
         time = done[i - streams - 1] if i > streams else 0
         for j in range(3):
@@ -213,7 +215,8 @@ def none_at_all(n: Any, stages: Any, streams: Any) -> Any:
 
 
 def _recurrence(n: int, stages: Any, streams: int) -> list[float]:
-    engine, done = [0.0, 0.0, 0.0], []
+    engine = [0.0, 0.0, 0.0]
+    done: list[float] = []
     for i in range(n):
         time = done[i - streams] if i >= streams else 0.0
         for j in range(3):
@@ -227,7 +230,7 @@ def _recurrence(n: int, stages: Any, streams: int) -> list[float]:
 
 @pipeline_us.alternative("the ends are kept, for each chunk and stage")
 def table(n: Any, stages: Any, streams: Any) -> Any:
-    end = {}
+    end: dict[tuple[int, int], float] = {}
     for i in range(n):
         for j in range(3):
             before = end.get((i, j - 1), 0) if j else end.get((i - streams, 2), 0)

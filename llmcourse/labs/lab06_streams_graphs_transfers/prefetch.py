@@ -60,7 +60,7 @@ def run(
     prepare, copy, step = us
     loop = Loop(batches, buffers, prepare_us=prepare, nbytes=copy * 1000, step_us=step)
     limit = RUNAWAY * (batches + 1)
-    oracles = [Oracle(fn, f"a function named {fn.__name__}", limit) for fn in loop.calls]  # type: ignore[attr-defined]
+    oracles = [Oracle(fn, f"a function named {fn.__name__}", limit) for fn in loop.calls]
     try:
         t.call(batches, buffers, *oracles)
     finally:
