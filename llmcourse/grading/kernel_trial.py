@@ -175,6 +175,13 @@ def at_most(run: Launched, name: str, most: float, why: str, tries: str) -> None
         raise Mismatch(f"{name} = {count:,}, expected at most {most:,.6g}: {why}" + _at(at), tries=tries)
 
 
+def moves(run: Launched, loaded: float, stored: float, why: str, tries: str) -> None:
+    """Global memory sees at most so many bytes each way, and no atomics, which move bytes as well."""
+    at_most(run, "global_load_bytes", loaded, why, tries)
+    at_most(run, "global_store_bytes", stored, why, tries)
+    at_most(run, "global_atomic_requests", 0, "plain loads and stores do", tries)
+
+
 def per_request(run: Launched, kind: str, most: float, tries: str) -> None:
     """`kind` ("load", "store") of global memory takes at most so many sectors a request."""
     name = f"global_{kind}"
@@ -190,7 +197,7 @@ def per_request(run: Launched, kind: str, most: float, tries: str) -> None:
 
 def no_conflicts(run: Launched, tries: str) -> None:
     """Every access to shared memory takes the least wavefronts that its width needs."""
-    names = [f"shared_{kind}_bank_conflicts" for kind in ("load", "store", "atomic")]
+    names = [f"shared_{kind}_bank_conflicts" for kind in ("load", "store", "atomic", "copy")]
     for name in names:
         if count := run.counters[name]:
             requests = run.counters[name.replace("bank_conflicts", "requests")]

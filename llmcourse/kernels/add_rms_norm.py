@@ -189,7 +189,7 @@ def add_rms_norm(
     chosen = choose(backend, x)
     if chosen == "reference":
         return reference(x, residual, weight, eps)
-    plan = plan or norm.forward_plan(x.shape[-1])
+    plan = plan or norm.forward_plan(x.shape[-1], x.element_size())
     return _AddRMSNorm.apply(x, residual, weight, eps, plan, chosen == "interpret")
 
 
@@ -206,5 +206,5 @@ def add_rms_norm_naive(
     interpret = chosen == "interpret"
     strides = row_stride(x), row_stride(residual)
     launch(add_kernel, rows, x, residual, h, *strides, columns, BLOCK=4096, num_warps=8, interpret=interpret)
-    y, _ = norm.forward(h, weight, eps, norm.forward_plan(columns), interpret)
+    y, _ = norm.forward(h, weight, eps, norm.forward_plan(columns, h.element_size()), interpret)
     return y, h

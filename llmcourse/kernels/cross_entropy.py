@@ -233,7 +233,7 @@ def step_plan(columns: int, *, interpret: bool = False) -> Plan:
     return Plan("online", block=block, warps=max(1, min(32, block // 512)))
 
 
-GRADIENT_PLAN = Plan("gradient", block=4096, warps=8)
+GRADIENT_PLAN = Plan("gradient", block=8192, warps=16)
 CHUNK_BYTES = 512 << 20  # of logits that linear_cross_entropy holds at once
 
 

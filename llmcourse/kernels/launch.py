@@ -79,16 +79,27 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def row_plan(columns: int, *, per_program: int = 2048, per_thread: int = 16, most_warps: int = 32) -> Plan:
-    """A plan for kernels that hold whole rows: several short rows a program, more warps for longer rows.
+def row_plan(columns: int) -> Plan:
+    """A plan for kernels that hold whole rows: 1024 elements a program or more, about 16 of them a thread.
 
-    per_program   elements below which a program takes further rows
-    per_thread    elements of a row that each of its threads holds
+    More warps for longer rows, and at least 4, so that short programs keep enough loads in flight.
     """
     block = power_of_two(columns)
-    rows = max(1, per_program // block)
-    warps = min(most_warps, max(1, block * rows // (32 * per_thread)))
-    return Plan("row", rows, block, power_of_two(warps))
+    rows = max(1, 1024 // block)
+    return Plan("row", rows, block, warps=min(32, max(4, rows * block // 512)))
+
+
+def walking_plan(rows: int, columns: int, itemsize: int, device: torch.device) -> Plan:
+    """A plan for kernels whose programs walk through rows and keep sums over them: two a multiprocessor.
+
+    From 4096 columns on the next rows are loaded to shared memory meanwhile, 32 KiB of each tensor.
+    """
+    block = power_of_two(columns)
+    wide = block >= 4096
+    at_once = max(1, (8192 if wide else 4096) // block)
+    programs = max(1, min(ceil_div(rows, at_once), 2 * multiprocessors(device)))
+    stages = 3 if wide and itemsize == 2 else 1
+    return Plan("row", at_once, block, 16 if wide else 8, programs, stages)
 
 
 def rows_in(x: Tensor) -> int:

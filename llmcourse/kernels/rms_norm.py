@@ -39,7 +39,16 @@ from llmcourse.kernels.checks import (
     row_stride,
 )
 from llmcourse.kernels.language import tl, triton
-from llmcourse.kernels.launch import Plan, ceil_div, launch, multiprocessors, power_of_two, row_plan, rows_in
+from llmcourse.kernels.launch import (
+    Plan,
+    ceil_div,
+    launch,
+    multiprocessors,
+    power_of_two,
+    row_plan,
+    rows_in,
+    walking_plan,
+)
 
 # reference
 
@@ -202,26 +211,22 @@ def looped_backward_kernel(
 
 # wrappers
 
-ROW_LIMIT = 16384  # forward: widest row held in registers without spilling
+ROW_BYTES = 65536  # forward: widest row held in registers without spilling
 BACKWARD_ROW_LIMIT = 8192  # backward holds x, dy, w and dw
 PARTIAL_BYTES = 32 << 20  # of partial sums, so that they stay in the L2 cache
 
 
-def forward_plan(columns: int) -> Plan:
+def forward_plan(columns: int, itemsize: int = 4) -> Plan:
     """Rung and sizes of the forward kernel for rows of this width."""
-    return row_plan(columns) if columns <= ROW_LIMIT else Plan("looped", block=8192, warps=8)
+    return row_plan(columns) if columns * itemsize <= ROW_BYTES else Plan("looped", block=16384, warps=32)
 
 
-def backward_plan(rows: int, columns: int, device: torch.device) -> Plan:
+def backward_plan(rows: int, columns: int, itemsize: int, device: torch.device) -> Plan:
     """Rung and sizes of the backward kernel. A program keeps x, dy, w and dw of a row at once."""
-    sms = multiprocessors(device)
     if columns > BACKWARD_ROW_LIMIT:
-        programs = max(1, min(rows, 2 * sms, PARTIAL_BYTES // (4 * columns)))
-        return Plan("looped", block=4096, warps=8, programs=programs)
-    plan = row_plan(columns, per_thread=16, most_warps=16)
-    per_sm = max(1, 32 // plan.warps)
-    programs = max(1, min(ceil_div(rows, plan.rows), per_sm * sms))
-    return plan._replace(programs=programs, stages=1)
+        programs = max(1, min(rows, multiprocessors(device), PARTIAL_BYTES // (4 * columns)))
+        return Plan("looped", block=8192, warps=16, programs=programs)
+    return walking_plan(rows, columns, itemsize, device)
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, plan: Plan, interpret: bool) -> tuple[Tensor, Tensor]:
@@ -251,7 +256,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dw) of RMSNorm; dh, if given, is added to dx."""
     columns, rows = x.shape[-1], rows_in(x)
-    plan = plan or backward_plan(rows, columns, x.device)
+    plan = plan or backward_plan(rows, columns, x.element_size(), x.device)
     dy, dy_stride = as_rows(dy)
     add = dh is not None
     dh, dh_stride = as_rows(dh) if dh is not None else (dy, dy_stride)
@@ -308,7 +313,8 @@ def rms_norm(
     chosen = choose(backend, x, weight)
     if chosen == "reference":
         return reference(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps, plan or forward_plan(x.shape[-1]), chosen == "interpret")
+    plan = plan or forward_plan(x.shape[-1], x.element_size())
+    return _RMSNorm.apply(x, weight, eps, plan, chosen == "interpret")
 
 
 def rms_norm_naive(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: Backend = "auto") -> Tensor:

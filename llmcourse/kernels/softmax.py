@@ -278,31 +278,35 @@ def backward_kernel(
 
 
 @triton.jit
-def looped_backward_kernel(y, dy, dx, y_stride, dy_stride, columns, BLOCK: tl.constexpr):
+def looped_backward_kernel(
+    y, dy, dx, y_stride, dy_stride, columns, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
     """One row a program in two passes, for rows that registers cannot hold."""
     row = tl.program_id(0).to(tl.int64)
     y += row * y_stride
     dy += row * dy_stride
     dx += row * columns
-    c = tl.arange(0, BLOCK)
-    dots = tl.zeros((BLOCK,), tl.float32)
+    c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    dots = tl.zeros((BLOCK // VECTOR,), tl.float32)
     for start in tl.range(0, columns, BLOCK):
         inside = start + c < columns
         p = tl.load(y + start + c, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        dots += p * tl.load(dy + start + c, mask=inside, other=0.0, eviction_policy="evict_last").to(
-            tl.float32
-        )
+        g = tl.load(dy + start + c, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dots += tl.sum(p * g, axis=1)
     dot = tl.sum(dots, axis=0)
     for start in tl.range(0, columns, BLOCK):
         inside = start + c < columns
         p = tl.load(y + start + c, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         g = tl.load(dy + start + c, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        tl.store(dx + start + c, (p * (g - dot)).to(dx.dtype.element_ty), mask=inside)
+        d = (p * (g - dot)).to(dx.dtype.element_ty)
+        tl.store(dx + start + c, d, mask=inside, eviction_policy="evict_first")
 
 
 # wrappers
 
 ROW_LIMIT = 16384  # widest block that stays in registers without spilling on sm_75, sm_80 and sm_90
+ONLINE_LIMIT = 65536  # widest row of which 132 multiprocessors' worth fits well into L2
+SPLIT_LIMIT = 1 << 19  # 64 programs a row: fewer than any GPU with long rows in mind has multiprocessors
 NAIVE_LIMIT = 65536
 
 
@@ -314,8 +318,8 @@ def softmax_plan(columns: int, *, interpret: bool = False) -> Plan:
     """
     if columns <= ROW_LIMIT:
         return row_plan(columns)
-    if interpret:
-        return Plan("online", block=8192, warps=8)
+    if columns <= ONLINE_LIMIT or columns > SPLIT_LIMIT or interpret:
+        return Plan("online", block=16384, warps=32)
     return Plan("split", block=8192, warps=8)
 
 
@@ -387,7 +391,7 @@ def parts_of(columns: int, plan: Plan) -> int:
 
 def backward_plan(columns: int) -> Plan:
     """The backward rung and its sizes for rows of this width."""
-    return row_plan(columns) if columns <= ROW_LIMIT else Plan("online", block=4096, warps=8)
+    return row_plan(columns) if columns <= ROW_LIMIT else Plan("online", block=4096, warps=16)
 
 
 def backward(y: Tensor, dy: Tensor, *, plan: Plan | None = None, interpret: bool = False) -> Tensor:
@@ -401,6 +405,7 @@ def backward(y: Tensor, dy: Tensor, *, plan: Plan | None = None, interpret: bool
         grid = ceil_div(rows, plan.rows)
         launch(backward_kernel, grid, y, dy, dx, columns, dy_stride, rows, columns, ROWS=plan.rows, **meta)
     else:
+        meta["VECTOR"] = vector_of(y, plan.block)
         launch(looped_backward_kernel, rows, y, dy, dx, columns, dy_stride, columns, **meta)
     return dx
 

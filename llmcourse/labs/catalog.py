@@ -66,10 +66,21 @@ SIMULATED = (*NUMPY_ONLY, "llmcourse.streams")
 
 KERNELS = ("llmcourse.hardware", "llmcourse.kernels", "llmcourse.vgpu.corpus")
 
+TRITON_ANSWERS = tuple(
+    f"llmcourse.kernels.{name}"
+    for name in (
+        *("softmax", "softmax_cuda", "swiglu", "rms_norm", "add_rms_norm", "layer_norm", "cross_entropy"),
+        *("matmul", "matmul_tiled", "matmul_launch", "matmul_persistent", "matmul_splitk", "matmul_fp8"),
+        *("matmul_plan", "vector_add", "tensor_cores"),
+    )
+)
+"""The package's own kernels; their counters stay, since a learner's cells use them."""
+
 LABS = (
     Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),
     Lab("03", "gpu_architecture", "Threads, warps and blocks in CUDA C++", forbidden=KERNELS),
     Lab("04", "memory_hierarchy", "Memory traffic in CUDA C++, counted", forbidden=KERNELS),
+    Lab("05", "triton_kernels", "Fused kernels in Triton, by the byte", forbidden=TRITON_ANSWERS),
     Lab("06", "streams_graphs_transfers", "Schedules, prefetching, capture", forbidden=SIMULATED),
 )
 

@@ -7,7 +7,7 @@ take about as long as each other: overlap is then worth most, and is easiest to 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from llmcourse.streams.calls import KB, MB, Event
@@ -68,6 +68,23 @@ def concurrent(name: str, *, kernels: int, share: float, us: float = 200) -> Pro
     p = Program(name)
     for i in range(kernels):
         p.kernel(f"k{i}", us, stream=p.stream(), share=share)
+    p.synchronize()
+    return p
+
+
+def jobs(
+    pairs: Sequence[tuple[float, float]], order: Sequence[int], *, bytes_per_us: int = 50_000
+) -> Program:
+    """Jobs of (copy µs, kernel µs), each in a stream of its own, launched in `order`.
+
+    A copy of 1 µs is `bytes_per_us` bytes; a kernel fills the GPU.
+    """
+    p = Program(f"{len(order)} jobs")
+    for i in order:
+        copy, kernel = pairs[i]
+        s = p.stream()
+        p.copy(f"in {i}", max(1, round(copy * bytes_per_us)), "h2d", stream=s, writes=f"x{i}")
+        p.kernel(f"work {i}", kernel, stream=s, reads=f"x{i}")
     p.synchronize()
     return p
 

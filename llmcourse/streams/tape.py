@@ -70,13 +70,13 @@ class Tape:
     """Named buffers, and the launches that a capture has kept.
 
     lines   the captured launches: (out, kernel, *inputs)
-    read_while_capturing   how often the host asked for a value during a capture
+    refused the buffers that the host asked for during a capture
     """
 
     def __init__(self, **buffers: Array) -> None:
         self.buffers = {name: np.array(value) for name, value in buffers.items()}
         self.lines: list[tuple[Input, ...]] = []
-        self.read_while_capturing = 0
+        self.refused: list[str] = []
         self._scratch: dict[str, Array] | None = None
 
     def op(self, out: str, kernel: str, *inputs: Input) -> None:
@@ -92,7 +92,7 @@ class Tape:
     def read(self, name: str) -> list:
         """The buffer's numbers, for the host, which waits for them. Raises CaptureError in a capture."""
         if self._scratch is not None:
-            self.read_while_capturing += 1
+            self.refused.append(name)
             raise CaptureError(
                 f"read({name!r}) was called while the step is captured.",
                 "Nothing runs during a capture, so there is no value yet; a replay would not ask again.",
@@ -160,3 +160,19 @@ class Tape:
 def _kind(array: Array) -> str:
     numbers = "whole numbers" if array.dtype.kind in "iu" else "numbers"
     return f"{list(array.shape)} {numbers}"
+
+
+def toy(batch: int = 2, slots: int = 16, *, vocabulary: int = 50, width: int = 16, seed: int = 0) -> Tape:
+    """A tape with a layer of attention and random weights, its sequences four tokens long.
+
+    token [B], position [B]; embedding [V, D], wq, wk, wv [D, D], wo [D, V]; keys, values [B, slots, D]
+    """
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "embedding": (vocabulary, width),
+        **dict.fromkeys(("wq", "wk", "wv"), (width, width)),
+        "wo": (width, vocabulary),
+        **dict.fromkeys(("keys", "values"), (batch, slots, width)),
+    }
+    weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    return Tape(**weights, token=rng.integers(0, vocabulary, batch), position=np.full(batch, 4))

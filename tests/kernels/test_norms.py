@@ -183,7 +183,7 @@ def test_backward_moves_what_the_file_says_and_its_partial_sums():
     m, n = 40, 256
     x, dy, w = torch.randn(m, n).bfloat16(), torch.randn(m, n).bfloat16(), torch.randn(n).bfloat16()
     _, s = rms.forward(x, w, 1e-6, rms.forward_plan(n), True)
-    plan = rms.backward_plan(m, n, x.device)
+    plan = rms.backward_plan(m, n, 2, x.device)
     with counting() as c:
         rms.backward(x, w, s, dy, interpret=True)
     partial_sums, final_dw = 4 * plan.programs * n, 2 * n

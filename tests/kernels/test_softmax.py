@@ -41,16 +41,27 @@ def test_values_and_gradients_are_those_of_float64(shape, dtype):
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan("online", block=64), Plan("row", rows=4, block=512), Plan("online", block=1024)]
+    "plan",
+    [
+        Plan("online", block=64),
+        Plan("online", block=1024, stages=3),
+        Plan("row", rows=4, block=512),
+        Plan("walk", rows=2, block=512, programs=3, stages=2),
+        Plan("walk", block=512),
+        Plan("split", block=512),
+        Plan("split", block=32, part=512),
+    ],
+    ids=lambda plan: "-".join(map(str, plan)),
 )
-def test_every_plan_gives_the_same(plan):
-    x = torch.randn(7, 300) * 3
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_plan_gives_the_same(plan, dtype):
+    x = (torch.randn(7, 300) * 3).to(dtype)
     check(lambda x: interpreted(x, plan=plan), exact, [x])
 
 
 def test_rows_wider_than_registers_hold_are_looped_over():
     x = torch.randn(2, 70_001) * 3
-    assert softmax_plan(70_001, interpret=True).kernel == "online"
+    assert softmax_plan(70_001, interpret=True).kernel == softmax_plan(60_000).kernel == "online"
     assert softmax_plan(70_001).kernel == "split"
     check(interpreted, exact, [x])
 
@@ -75,7 +86,7 @@ def test_rows_of_minus_infinity_and_large_numbers_are_as_in_torch():
     x[1, :80] = -float("inf")
     x[2] *= 1e4
     x[3, 5] = float("nan")
-    for options in ({}, {"plan": Plan("online", block=16)}):
+    for options in ({}, {"plan": Plan("online", block=16)}, {"plan": Plan("split", block=16, part=128)}):
         out = interpreted(x, **options)
         assert out[0].isnan().all()
         assert error(out[1:], torch.softmax(x[1:].double(), -1)) < 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import Out, at_most, launch, per_request
+from llmcourse.grading.kernel_trial import Out, launch, moves, per_request
 from llmcourse.grading.trial import Trial
 
 grid_stride_saxpy = KernelExercise(
@@ -79,9 +79,8 @@ def traffic(t: Trial) -> None:
         n = 64 * t.size(4, 7)
         x, y = (t.normal(n, dtype=np.float32) for _ in range(2))
         run = launch(t, grid, block, np.float32(2), x, Out(y), n, watch=WATCH)
-        why, tries = f"{n} elements of x and of y, each once", "blockDim.x * gridDim.x as the step."
-        at_most(run, "global_load_bytes", 8 * n, why, tries)
-        at_most(run, "global_store_bytes", 4 * n, why, tries)
+        why = f"{n} elements of x and of y, each once"
+        moves(run, 8 * n, 4 * n, why, "blockDim.x * gridDim.x as the step.")
         for kind in ("load", "store"):
             per_request(run, kind, 4, "threads that step together, by the size of the grid.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import at_most, launch, out, per_request, unwritten, written
+from llmcourse.grading.kernel_trial import launch, moves, out, per_request, unwritten, written
 from llmcourse.grading.trial import Trial
 
 vector_add = KernelExercise(
@@ -67,8 +67,7 @@ def traffic(t: Trial) -> None:
     a, b = (t.normal(n, dtype=np.float32) for _ in range(2))
     watch = (*GLOBAL_BYTES, "global_load_sectors", "global_store_sectors")
     run = launch(t, grid, block, a, b, out(n), n, watch=watch)
-    at_most(run, "global_load_bytes", 8 * n, f"{n} elements of a and of b", "one element for each thread.")
-    at_most(run, "global_store_bytes", 4 * n, f"{n} elements of c", "one element for each thread.")
+    moves(run, 8 * n, 4 * n, f"{n} elements of a, of b and of c", "one element for each thread.")
     for kind in ("load", "store"):
         per_request(run, kind, 4, "an index in which threadIdx.x stands alone: neighbours share sectors.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import Launched, at_most, launch, no_conflicts, out, unwritten, written
+from llmcourse.grading.kernel_trial import Launched, launch, moves, no_conflicts, out, unwritten, written
 from llmcourse.grading.trial import Trial
 
 R = 4
@@ -80,9 +80,8 @@ def traffic(t: Trial) -> None:
     grid, block = t.size(2, 4), 128
     n = grid * block
     run = _blur(t, grid, block, n, watch=COUNTED)
-    why = f"{n} elements, and 8 more for each of {grid} blocks"
-    at_most(run, "global_load_bytes", 4 * (n + 8 * grid), why, "the sums from the tile in shared memory.")
-    at_most(run, "global_store_bytes", 4 * n, f"{n} results", "one store by each thread.")
+    why = f"{n} elements, and 8 more for each of {grid} blocks; {n} results"
+    moves(run, 4 * (n + 8 * grid), 4 * n, why, "the sums from the tile in shared memory.")
     no_conflicts(run, "neighbouring threads on neighbouring places of the tile.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import Launched, at_most, launch, no_conflicts, out, per_request, written
+from llmcourse.grading.kernel_trial import Launched, launch, moves, no_conflicts, out, per_request, written
 from llmcourse.grading.trial import Trial
 
 tiled_matmul = KernelExercise(
@@ -80,14 +80,8 @@ def traffic(t: Trial) -> None:
     m, n, k = 16 * t.size(2, 3), 16 * t.size(2, 3), 16 * t.size(2, 3)
     run = _product(t, m, n, k, TRAFFIC)
     loaded = 4 * (m * k * -(-n // 16) + k * n * -(-m // 16))
-    at_most(
-        run,
-        "global_load_bytes",
-        loaded,
-        f"a once for each of {n // 16} columns of tiles, b once for each of {m // 16} rows",
-        "each thread loads one element of either tile in a step.",
-    )
-    at_most(run, "global_store_bytes", 4 * m * n, f"{m} × {n} elements of c", "one store, after the loop.")
+    why = f"a for each of {n // 16} columns of tiles, b for each of {m // 16} rows, c once"
+    moves(run, loaded, 4 * m * n, why, "one element of either tile for each thread and step.")
     for kind in ("load", "store"):
         per_request(run, kind, 4, "threadIdx.x along the rows of a, b and c: col from x, row from y.")
 

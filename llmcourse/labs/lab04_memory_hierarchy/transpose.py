@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import Launched, at_most, launch, no_conflicts, out, per_request, written
+from llmcourse.grading.kernel_trial import Launched, launch, moves, no_conflicts, out, per_request, written
 from llmcourse.grading.trial import Trial
 
 transpose = KernelExercise(
@@ -81,13 +81,10 @@ def edges(t: Trial) -> None:
 def traffic(t: Trial) -> None:
     rows, cols = 32 * t.size(1, 2), 32 * t.size(2, 3)
     run = _transpose(t, rows, cols, 8, TRAFFIC)
-    for kind, tries in (
-        ("load", "neighbouring threads (threadIdx.x) on neighbouring elements of a row of x."),
-        ("store", "neighbouring threads (threadIdx.x) on neighbouring elements of a row of y."),
-    ):
-        per_request(run, kind, 4, tries)
-        why = f"{rows} × {cols} elements of 4 bytes, each once"
-        at_most(run, f"global_{kind}_bytes", 4 * rows * cols, why, "one pass over the tile.")
+    why = f"{rows} × {cols} elements of 4 bytes, each once"
+    moves(run, 4 * rows * cols, 4 * rows * cols, why, "one pass over the tile.")
+    for kind, where in (("load", "of x"), ("store", "of y")):
+        per_request(run, kind, 4, f"neighbouring threads (threadIdx.x) on neighbours in a row {where}.")
 
 
 @transpose.check("no access to shared memory has a bank conflict")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmcourse.grading.kernel_exercise import KernelExercise
-from llmcourse.grading.kernel_trial import Launched, at_most, launch, out, unwritten, written
+from llmcourse.grading.kernel_trial import Launched, at_most, launch, moves, out, unwritten, written
 from llmcourse.grading.trial import Trial
 
 vector_copy = KernelExercise(
@@ -78,21 +78,13 @@ def remainder(t: Trial) -> None:
 def requests(t: Trial) -> None:
     for grid, block, n in ((1, 64, 128 * t.size(4, 7)), (3, 32, 128 * t.size(3, 5) + 3)):
         run = _copy(t, grid, block, n, watch=COUNTED)
-        for kind in ("load", "store"):
-            at_most(
-                run,
-                f"global_{kind}_bytes",
-                4 * n,
-                f"{n} elements, each once",
-                "the rest by as many threads of the whole grid as there are elements left.",
-            )
-            at_most(
-                run,
-                f"global_{kind}_requests",
-                -(-n // 128) + (n % 4 > 0),
-                f"⌈{n} / 128⌉ requests of a warp" + (", and one for the rest" if n % 4 else ""),
-                "float4: reinterpret_cast<const float4*>(x)[i].",
-            )
+        moves(
+            run, 4 * n, 4 * n, f"{n} elements, each once", "the rest by as many threads as it has elements."
+        )
+        why = f"⌈{n} / 128⌉ requests of a warp" + (", and one for the rest" if n % 4 else "")
+        for name in ("global_load_requests", "global_store_requests"):
+            tries = "float4: reinterpret_cast<const float4*>(x)[i]."
+            at_most(run, name, -(-n // 128) + (n % 4 > 0), why, tries)
 
 
 def _vector(

@@ -14,7 +14,7 @@ from llmcourse.streams.tape import KERNELS, Tape
 decode_step = Exercise(
     "decode_step",
     title="A decode step that can be captured",
-    arguments=("op", "read"),
+    arguments=(),
     shapes=(
         "op       op(out, kernel, *inputs): launch a kernel on buffers (by name) and numbers; its",
         "         result goes to the buffer `out`, which is made if it is not there",
@@ -96,20 +96,21 @@ def generate(arrays: Arrays, state: Arrays, count: int) -> list[list[int]]:
 def captured(t: Trial, arrays: Arrays, state: Arrays) -> Tape:
     """The learner's step, captured; its launches are kept with the trial's call."""
     tape = Tape(**(arrays | state))
-    oracles = [Oracle(fn, f"a function named {fn.__name__}", RUNAWAY) for fn in (tape.op, tape.read)]
+    oracles = [Oracle(fn, fn.__name__, RUNAWAY) for fn in (tape.op, tape.read)]
     try:
         with tape.capture():
             t.call(*oracles)
     except RaisedError as error:
-        if tape.read_while_capturing:
+        if tape.refused:
             raise Mismatch(error.failure.message) from None
         raise
     finally:
         if t.calls and t.calls[-1].error is None:
             t.calls[-1].value = [list(line) for line in tape.lines]
         elif t.calls:
-            t.counts[-1] = oracles[0].calls
-    if tape.read_while_capturing:
+            asked = [list(tape.buffers).index(name) for name in tape.refused if name in tape.buffers]
+            t.counts[-1] = oracles[0].calls + RUNAWAY * sum(asked)  # mistakes differ in what they ask for
+    if tape.refused:
         raise Mismatch("a value was read while the step was captured", tries="launches only.")
     t.holds(bool(tape.lines), "nothing was launched, and a replay would do nothing")
     return tape

@@ -11,7 +11,7 @@ from llmcourse.grading.compare import Mismatch, describe
 from llmcourse.grading.exercise import Exercise
 from llmcourse.grading.trial import Oracle, RaisedError, Trial
 from llmcourse.streams.costs import Costs
-from llmcourse.streams.program import Program
+from llmcourse.streams.programs import jobs as program_of
 
 launch_order = Exercise(
     "launch_order",
@@ -47,13 +47,7 @@ IDEAL = Costs.ideal(gigabytes_per_s=1)  # a thousand bytes a µs
 
 def simulated(jobs: Jobs, order: Sequence[int]) -> float:
     """The jobs launched in that order, each in a stream of its own, µs."""
-    p = Program()
-    for i in order:
-        copy, kernel = jobs[i]
-        s = p.stream()
-        p.copy(f"in {i}", max(1, copy * 1000), "h2d", stream=s)
-        p.kernel(f"work {i}", kernel, stream=s)
-    return p.simulate(IDEAL).makespan_us
+    return program_of(jobs, order, bytes_per_us=1000).simulate(IDEAL).makespan_us
 
 
 def two_stages(jobs: Jobs, order: Sequence[int]) -> float:

@@ -16,7 +16,7 @@ from llmcourse.streams.order import Task, ancestors, lower
 prefetch = Exercise(
     "prefetch",
     title="A prefetching loop",
-    arguments=("batches", "buffers", "prepare", "copy", "step", "record", "wait", "synchronize"),
+    arguments=("batches", "buffers"),
     shapes=(
         "batches      number of batches, 1 or more",
         "buffers      buffers on the host, and as many on the device; batch i goes through",
@@ -60,7 +60,7 @@ def run(
     prepare, copy, step = us
     loop = Loop(batches, buffers, prepare_us=prepare, nbytes=copy * 1000, step_us=step)
     limit = RUNAWAY * (batches + 1)
-    oracles = [Oracle(fn, f"a function named {fn.__name__}", limit) for fn in loop.calls]
+    oracles = [Oracle(fn, fn.__name__, limit) for fn in loop.calls]
     try:
         t.call(batches, buffers, *oracles)
     finally:
