@@ -29,10 +29,13 @@ def show_source(*objects: Callable[..., Any] | type) -> Source:
     return Source("\n".join(inspect.cleandoc("\n" + inspect.getsource(o)) + "\n" for o in objects).rstrip())
 
 
-def judge(predicted: float, measured: float, unit: str = "") -> str:
-    """Hold a prediction against the measurement: `you said 10 tok/s, measured 24.1 tok/s: 2.4× more`."""
+def judge(predicted: float, measured: float, unit: str = "", word: str = "measured") -> str:
+    """Hold a prediction against the measurement: `you said 10 tok/s, measured 24.1 tok/s: 2.4× more`.
+
+    word   how the number came about, where it was not measured: "simulated", "recorded", "counted"
+    """
     unit = f" {unit}" if unit else ""
-    head = f"you said {predicted:,.4g}{unit}, measured {measured:,.4g}{unit}"
+    head = f"you said {predicted:,.4g}{unit}, {word} {measured:,.4g}{unit}"
     if predicted <= 0 or measured <= 0:
         return f"{head}: off by {measured - predicted:+.4g}{unit}"
     ratio = measured / predicted

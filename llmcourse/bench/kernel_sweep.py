@@ -3,17 +3,20 @@
     python -m llmcourse.bench.kernels --sweep --out DIR
 
 A plan changes a kernel's speed, never its result. Each list below is tried at the shapes that matter, all its
-plans in turns; the best few are printed with their share of the copy bandwidth, and all are written. The
-defaults in `llmcourse.kernels` come from such runs.
+plans in turns, with a copy of as many bytes among them; the best few are printed with their share of the
+bandwidth of a large copy and of that one, and all are written. The defaults in `llmcourse.kernels` come from
+such runs.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -46,10 +49,15 @@ class Search:
 
 
 def searches(only: str = "") -> Iterator[Search]:
-    """The searches whose name contains `only`, each with its tensors made when it is asked for."""
+    """The searches that are asked for, each with its tensors made when its turn comes."""
     for name, make in MAKERS.items():
-        if only in name:
+        if is_wanted(name, only):
             yield make(name)
+
+
+def is_wanted(name: str, only: str) -> bool:
+    """Whether a name contains `only`, or one of several parts separated by commas."""
+    return any(part in name for part in only.split(","))
 
 
 def whole_rows(columns: int) -> list[Plan]:
@@ -57,26 +65,46 @@ def whole_rows(columns: int) -> list[Plan]:
     block = power_of_two(columns)
     return [
         Plan("row", rows, block, warps)
-        for rows, warps in product((1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
+        for rows, warps in product((1, 2, 4, 8), (2, 4, 8, 16, 32))
         if 8 <= rows * block // (32 * warps) <= 32 and rows * block <= 16384 * (1 + (rows == 1))
     ]
 
 
+def multiprocessor_count() -> int:
+    return multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+
+
 def walking_rows(columns: int) -> list[Plan]:
-    """Backward plans: programs a multiprocessor × warps × rows × stages, 8 or 16 elements a thread."""
-    sms = multiprocessors(torch.device("cuda", torch.cuda.current_device()))
-    if columns > 16384:
-        sizes = ((4096, 8), (4096, 16), (8192, 16))
-        return [Plan("looped", 1, b, w, programs=n * sms) for (b, w), n in product(sizes, (1, 2))]
-    block = power_of_two(columns)
-    plans = []
-    for rows, w, stages in product((1, 2, 4), (4, 8, 16, 32), (1, 2, 3)):
-        each = rows * block // (32 * w)
-        if each in ((8, 16) if w < 32 else (8,)) and 4096 <= rows * block <= 8192:
-            full = max(1, 2048 // (32 * w * each // 8))
-            several = {max(1, full // 2), full} if stages == 1 else {full}
-            plans += [Plan("row", rows, block, w, programs=n * sms, stages=stages) for n in sorted(several)]
+    """Plans whose programs walk through rows with further rows on their way: as many as fit, or half."""
+    block, plans = power_of_two(columns), []
+    for warps, stages in product((4, 8, 16, 32), (2, 3, 4)):
+        if not 8 <= block // (32 * warps) <= 64:
+            continue
+        fit = min(2048 // (32 * warps), SHARED_OF_AN_SM // (2 * block * (stages - 1) + 2048))
+        for each in sorted({fit, max(1, fit // 2)} if fit else ()):
+            plans.append(Plan("walk", 1, block, warps, each * multiprocessor_count(), stages))
     return plans
+
+
+SHARED_OF_AN_SM = 227 << 10  # bytes, of sm_90
+
+
+def walking_backward(columns: int) -> list[Plan]:
+    """Backward plans: programs a multiprocessor × warps × rows × stages."""
+    sms = multiprocessor_count()
+    if columns > 16384:
+        sizes = ((8192, 16), (8192, 32), (16384, 32))
+        return [Plan("looped", 1, b, w, programs=sms * n // 2) for (b, w), n in product(sizes, (1, 2))]
+    block = power_of_two(columns)
+    tiles = {  # rows, warps, programs a multiprocessor
+        8192: ((1, 16, 1), (1, 16, 2), (1, 32, 1)),
+        4096: ((2, 16, 2), (1, 8, 2), (1, 8, 3), (1, 8, 4), (1, 16, 2)),
+        1024: ((8, 16, 2), (4, 8, 2), (4, 8, 3), (2, 4, 4), (2, 4, 6), (2, 8, 2), (8, 8, 2)),
+    }[block]
+    return [
+        Plan("row", rows, block, warps, each * sms, stages)
+        for (rows, warps, each), stages in product(tiles, (1, 3, 4))
+    ]
 
 
 def sized(name: str, sizes: tuple[tuple[int, int], ...]) -> list[Plan]:
@@ -99,13 +127,31 @@ def shape_of(name: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+ONLINE = [
+    Plan("online", block=block, warps=warps, stages=stages)
+    for (block, warps), stages in product(
+        ((4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32)), (1, 3)
+    )
+]
+SHARED = [
+    Plan("split", block=block, warps=warps, stages=stages, part=part)
+    for (block, warps), stages, part in product(
+        ((4096, 8), (4096, 16), (8192, 16), (8192, 32)), (1, 3), (16384, 32768, 65536)
+    )
+]
+
+
 def softmax(name: str) -> Search:
     rows, columns = shape_of(name)
     x = randn(rows, columns)
     plans = whole_rows(columns) if columns <= 32768 else []
+    if columns <= 32768:
+        plans += walking_rows(columns)
     if columns > 16384:
-        plans += sized("online", ((4096, 8), (8192, 8), (8192, 16), (16384, 32)))
-        plans += sized("split", ((4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)))
+        plans += ONLINE
+    if columns > 32768:
+        plans += sized("split", ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)))
+        plans += [plan for plan in SHARED if plan.part < columns]
     size = softmax_file.minimum_bytes(rows, columns, 2)
     return Search(name, size, plans, lambda p: softmax_file.softmax(x, plan=p))
 
@@ -115,7 +161,7 @@ def softmax_backward(name: str) -> Search:
     y, dy = torch.softmax(randn(rows, columns), -1), randn(rows, columns)
     plans = whole_rows(columns) if columns <= 16384 else []
     if columns > 16384:
-        plans = sized("online", ((2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32)))
+        plans = sized("online", ((4096, 8), (4096, 16), (4096, 32), (8192, 16), (8192, 32), (16384, 32)))
     return Search(name, 6 * rows * columns, plans, lambda p: softmax_file.backward(y, dy, plan=p))
 
 
@@ -141,7 +187,7 @@ def norm_backward(name: str) -> Search:
     rows, columns = shape_of(name)
     x, dy, dh, w = randn(rows, columns), randn(rows, columns), randn(rows, columns), randn(columns)
     mean, s = torch.zeros(rows, device="cuda"), torch.ones(rows, device="cuda")
-    plans = walking_rows(columns)
+    plans = walking_backward(columns)
     if name.startswith("add"):
         size = add_norm.minimum_backward_bytes(rows, columns, 2)
         return Search(name, size, plans, lambda p: rms.backward(x, w, s, dy, dh, plan=p))
@@ -176,11 +222,16 @@ def swiglu(name: str) -> Search:
 
 def rope(name: str) -> Search:
     cos, sin = (torch.rand(4096, 64, device="cuda") for _ in range(2))
-    x = randn(4, 32, 4096, 128) if "BHSD" in name else randn(4, 4096, 32, 128).transpose(1, 2)
+    if "BHSD" in name:
+        x = randn(8, 32, 4096, 128)
+        tiles = [(1, 8), (1, 16), (1, 32), (2, 8), (2, 16), (4, 4), (4, 8), (4, 16), (8, 4)]
+    else:
+        x = randn(8, 4096, 32, 128).transpose(1, 2)
+        tiles = [(8, 1), (16, 1), (32, 1), (8, 2), (16, 2), (32, 2)]
     plans = [
-        Plan("fused", heads, 64, warps)
-        for heads, warps in product((4, 8, 16, 32), (1, 2, 4, 8))
-        if 4 <= heads * 64 // (32 * warps) <= 32
+        Plan("fused", heads, tokens, warps)
+        for (heads, tokens), warps in product(tiles, (2, 4, 8))
+        if 4 <= heads * tokens * 64 // (32 * warps) <= 16
     ]
     return Search(
         name, rope_file.minimum_bytes(x.numel(), 2), plans,
@@ -192,9 +243,9 @@ def cross_entropy(name: str) -> Search:
     rows, columns = shape_of(name)
     logits, target = randn(rows, columns), torch.randint(0, columns, (rows,), device="cuda")
     walks = [
-        Plan("online", block=b, warps=w)
-        for b, w in product((2048, 4096, 8192, 16384), (4, 8, 16, 32))
-        if 8 <= b // (32 * w) <= 32
+        Plan("online", block=block, warps=warps, stages=stages)
+        for block, warps, stages in product((1024, 2048, 4096, 8192), (4, 8, 16), (1, 3))
+        if 8 <= block // (32 * warps) <= 16
     ]
     if "backward" in name:
         lse, factor = torch.full((rows,), 12.0, device="cuda"), torch.ones(rows, device="cuda")
@@ -206,15 +257,17 @@ def cross_entropy(name: str) -> Search:
     if "gradient" in name:
         loss = torch.empty(rows, device="cuda")
         size = 2 * ce.minimum_bytes(rows, columns, 2)
-        return Search(name, size, walks, lambda p: ce.losses_and_gradient(logits, target, loss, -100, p))
+        plans = ONLINE + SHARED
+        return Search(name, size, plans, lambda p: ce.losses_and_gradient(logits, target, loss, -100, p))
     size = ce.minimum_bytes(rows, columns, 2)
     return Search(name, size, walks, lambda p: ce.losses(logits, target, -100, p))
 
 
 SOFTMAX = ("16384×8192", "131072×1024", "4096×32768", "2048×65536", "1024×131072", "512×262144")
-NORMS = ("16384×8192", "16384×4096", "65536×1024", "4096×32768")
+NORMS = ("16384×8192", "32768×4096", "131072×1024", "4096×32768")
 MAKERS: dict[str, Callable[[str], Search]] = {
     **{f"softmax {shape}": softmax for shape in SOFTMAX},
+    "softmax again 16384×8192": softmax,
     **{f"softmax backward {shape}": softmax_backward for shape in (SOFTMAX[0], SOFTMAX[3])},
     **{f"{kind}_norm {shape}": norm for kind in ("rms", "layer", "add_rms") for shape in NORMS},
     **{f"{kind}_norm backward {shape}": norm_backward for kind in ("rms", "layer") for shape in NORMS},
@@ -230,28 +283,16 @@ MAKERS: dict[str, Callable[[str], Search]] = {
     "cross_entropy loss and gradient 4096×128256": cross_entropy,
 }
 
-GROUPS = (
-    "softmax",
-    "rms_norm",
-    "layer_norm",
-    "add_rms_norm",
-    "swiglu",
-    "rope",
-    "cross_entropy",
-    "vector_add",
-)
-
 
 def prepare(only: str) -> None:
     """Compile all plans into Triton's cache on disk, in several processes; what fails, fails again later."""
-    names = [group for group in GROUPS if only in group or group in only]
     command = [sys.executable, "-m", "llmcourse.bench.kernels", "--sweep", "--prepare", "--only"]
-    children = [
-        subprocess.Popen([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for name in names
-    ]
-    for child in children:
-        child.wait()
+
+    def compile_in_a_process(name: str) -> None:
+        subprocess.run([*command, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 2)) as pool:
+        list(pool.map(compile_in_a_process, (name for name in MAKERS if is_wanted(name, only))))
 
 
 def compile_only(only: str) -> None:
@@ -275,9 +316,10 @@ def sweep(*, only: str = "", seconds: float = math.inf, best: int = 4) -> list[d
             break
         found = try_plans(search, ceiling)
         results += found
-        print(f"\n{search.name} ({len(found)} plans, {time.monotonic() - started:.0f} s)")
-        for row in sorted(found, key=lambda row: row["us"])[:best]:
-            print(f"  {row['us']:9.1f} µs  {row['of_copy']:6.1%}  {row['plan']}")
+        print(f"\n{search.name} ({len(search.plans)} plans, {time.monotonic() - started:.0f} s)")
+        for row in sorted(found, key=lambda row: row["us"])[: best + 1]:
+            shares = f"{row['of_copy']:6.1%} {row['of_same_copy']:6.1%}"
+            print(f"  {row['us']:9.1f} µs  {shares}  {row['plan']}")
         torch.cuda.empty_cache()
     return results
 
@@ -290,13 +332,18 @@ def try_plans(search: Search, ceiling: float) -> list[dict[str, Any]]:
             print(f"  {search.name}: {tuple(plan)} left out: {problem}")
         else:
             functions[repr(tuple(plan))] = partial(search.launch, plan)
-    samples = measure(functions, device="cuda", graph=True, warmup=1) if functions else {}
+    source = torch.empty(search.bytes // 2, dtype=torch.int8, device="cuda").random_(-9, 9)
+    target = torch.empty_like(source)
+    functions["copy of as many bytes"] = lambda: target.copy_(source)
+    samples = measure(functions, device="cuda", graph=True, warmup=1)
+    copied = samples["copy of as many bytes"].median
     return [
         {
             "search": search.name,
             "plan": name,
             "us": round(sample.median * 1e6, 2),
             "of_copy": round(sample.rate(search.bytes) / ceiling, 4),
+            "of_same_copy": round(copied / sample.median, 4),
         }
         for name, sample in samples.items()
     ]

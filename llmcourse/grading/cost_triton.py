@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from llmcourse.grading.cost import Count, register
 
@@ -31,21 +32,28 @@ def kernels_here(*, arguments: Sequence[object] = ()) -> Iterator[Count]:
 
     Raises   MissingPackageError without Triton.
     """
-    import torch
-
     from llmcourse.kernels.counters import interpreting
 
+    with interpreting(), _unwritten_is_nan():
+        yield Count()
+
+
+@contextmanager
+def _unwritten_is_nan() -> Iterator[None]:
+    """torch fills new memory while it is asked for determinism; operations that cannot give it only warn."""
+    import torch
+
+    memory: Any = torch.utils.deterministic
+    before = memory.fill_uninitialized_memory
     on = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
-        with interpreting():
-            yield Count()
+        yield
     finally:
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = before
 
 
 @register("kernel_bytes")

@@ -180,10 +180,7 @@ def loss_and_gradient_kernel(
     Logits are read twice, once for the sum and once to be replaced. L2 holds them meanwhile if the rows that
     are in work at a time fit, which is what parts are for (as in softmax's `split`).
     """
-    if PARTS > 1:
-        number = tl.atomic_add(started, 1)
-    else:
-        number = tl.program_id(0)
+    number = tl.atomic_add(started, 1) if PARTS > 1 else tl.program_id(0)
     row = (number // PARTS).to(tl.int64)
     part = number % PARTS
     t = tl.load(target + row)

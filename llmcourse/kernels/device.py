@@ -1,8 +1,8 @@
 """Where a notebook's kernels run: natively on a GPU; without one, in Triton's interpreter.
 
-    device = gpu_or_interpreter()                  once, at the notebook's start
-    x = torch.randn(4, 1000, device=device)
-    softmax_kernel[(4,)](x, …)                     the same launch on either
+device = gpu_or_interpreter()                  once, at the notebook's start
+x = torch.randn(4, 1000, device=device)
+softmax_kernel[(4,)](x, …)                     the same launch on either
 """
 
 from __future__ import annotations

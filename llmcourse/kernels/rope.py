@@ -12,8 +12,8 @@ For x of E elements of b bytes:
     naive     turned copy (−x₂, x₁): 2·E·b, then x·cos + turned·sin: 3·E·b = 5·E·b    2
     fused     read x, write out: 2·E·b                                                1
 
-plus the tables, which all heads of a token share: one program takes several heads of a token, so that it reads
-their row once.
+plus the tables, which all heads of a token share: one program takes several heads of a token, so that their
+row is read once for all of them.
 
 Backward turns the other way: the same kernel with −sin. Nothing but the tables is kept.
 

@@ -149,7 +149,7 @@ def row_kernel(
 def walk_kernel(
     x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """As many programs as run at once; each takes ROWS rows at a time while its next rows are on their way."""
+    """As many programs as run at once; each takes ROWS rows at a time while the next are on their way."""
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         softmax_of_rows(x, y, first, x_stride, y_stride, rows, columns, ROWS, BLOCK)
 

@@ -14,6 +14,7 @@ import math
 import statistics
 import tempfile
 import time
+import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
@@ -267,9 +268,11 @@ def chrome_trace(work: Callable[[], object]) -> list[dict[str, Any]]:
 
     for _ in range(2):  # the first profiled run of a process loads CUPTI
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            work()
-            torch.cuda.synchronize()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Profiler clears events", category=UserWarning)
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                work()
+                torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

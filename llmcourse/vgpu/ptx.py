@@ -46,7 +46,7 @@ from llmcourse.vgpu.isa import (
 BUILT_IN_CALLS = ("vprintf", "__assertfail")
 
 LIMIT = 200_000
-"""Instructions, registers, variables, scopes and calls that a module may have in all, inlined code included."""
+"""Instructions, registers, variables, scopes and calls of a module in all, inlined code included."""
 LARGEST = 1 << 32
 """Bytes of a variable."""
 

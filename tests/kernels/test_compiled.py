@@ -1,8 +1,8 @@
-"""The plans that the memory-bound kernels run by default, compiled for T4, A100 and H100: no spills, wide loads.
+"""The memory-bound kernels' default plans, compiled for T4, A100 and H100: no spills, and wide loads.
 
-What is compiled is what the wrappers launch, with tensors that have a shape and no memory. Every kernel is compiled
-for every GPU, in number formats that take turns, so that each format meets each GPU: all pairs of all kernels
-would take minutes (`EVERY=1` in the environment does that).
+What is compiled is what the wrappers launch, with tensors that have a shape and no memory. Every kernel is
+compiled for every GPU, in number formats that take turns, so that each format meets each GPU: all pairs for
+all kernels would take minutes (`EVERY=1` in the environment does that).
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def softmax_backward(columns: int) -> Callable[[torch.dtype], Any]:
 def rms_norm(bytes_of_a_row: int) -> Callable[[torch.dtype], Any]:
     def run(d: torch.dtype) -> None:
         n = bytes_of_a_row // d.itemsize
-        rms.forward(
-            meta(ROWS, n, dtype=d), meta(n, dtype=d), 1e-6, rms.forward_plan(n, d.itemsize), False
-        )
+        rms.forward(meta(ROWS, n, dtype=d), meta(n, dtype=d), 1e-6, rms.forward_plan(n, d.itemsize), False)
 
     return run
 
@@ -89,7 +87,11 @@ def layer_norm_backward(columns: int) -> Callable[[torch.dtype], Any]:
 
 def rope(layout: str) -> Callable[[torch.dtype], Any]:
     def run(d: torch.dtype) -> None:
-        x = meta(2, 32, 64, 128, dtype=d) if layout == "BHSD" else meta(2, 64, 32, 128, dtype=d).transpose(1, 2)
+        x = (
+            meta(2, 32, 64, 128, dtype=d)
+            if layout == "BHSD"
+            else meta(2, 64, 32, 128, dtype=d).transpose(1, 2)
+        )
         table = meta(64, 64)
         rope_file.turn(x, table, table, None, rope_file.rope_plan(x), backward=False, interpret=False)
 
@@ -165,8 +167,10 @@ def cases() -> Iterator[tuple[str, int, torch.dtype]]:
                     yield name, capability, dtype
 
 
-@pytest.mark.parametrize(("name", "capability", "dtype"), list(cases()))
-def test_default_plans_compile_without_spills_and_load_16_bytes_at_a_time(name, capability, dtype, monkeypatch):
+@pytest.mark.parametrize(("name", "capability", "dtype"), list(cases()), ids=str)
+def test_default_plans_compile_without_spills_and_load_16_bytes_at_a_time(
+    name, capability, dtype, monkeypatch
+):
     launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def record(kernel: Any, programs: Any, *arguments: Any, interpret: bool = False, **meta: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,14 @@ from llmcourse.labs import LABS
 EXERCISES = [pytest.param(e, id=f"{lab.number}-{e.name}") for lab in LABS for e in lab.exercises]
 SEEDS = (0, 20_260, 777_777)
 LIMIT = 2.0  # seconds that a learner waits for a verdict, its diagnosis included
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_a_notebook_s_first_cells_import() -> None:
+    """Not part of the time that a verdict takes."""
+    importlib.import_module("torch")
+    with contextlib.suppress(ImportError):  # Triton's wheels are for Linux
+        importlib.import_module("llmcourse.kernels._interpreter")
 
 
 # ── every exercise ───────────────────────────────────────────────────────────────────────────────

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -26,9 +28,11 @@ from llmcourse.grading.kernel_trial import (
 from llmcourse.grading.session import Cell, RemoteSubject, Session
 from llmcourse.grading.trial import LocalSubject, Trial
 from llmcourse.grading.verdict import Verdict, judge
+from llmcourse.labs import LABS
 from llmcourse.vgpu import cuda
 from llmcourse.vgpu.faults import KernelFault, PtxError
 
+ROOT = Path(__file__).parents[2]
 START = "from llmcourse.vgpu import cuda"
 SIGNATURE = "const float* x, float* y, int n"
 TWICE = "int i = blockIdx.x * blockDim.x + threadIdx.x; if (i < n) y[i] = 2 * x[i];"
@@ -357,6 +361,19 @@ def test_a_kernel_can_be_run_by_itself_with_limits() -> None:
         JudgedKernel("twice", "thrice", text["ptx"])
     with pytest.raises(Mismatch):
         JudgedKernel.from_plain(None, "twice")
+
+
+@pytest.mark.parametrize("lab", [lab for lab in LABS if lab.number in ("03", "04")], ids=lambda lab: lab.name)
+def test_the_bank_has_the_signatures_that_the_notebook_has(lab) -> None:
+    """Else mistakes would be compared with kernels that take other arguments."""
+    nb = json.loads((ROOT / "labs" / lab.name / f"{lab.name}.ipynb").read_text(encoding="utf-8"))
+    cells = {cell["id"]: "".join(cell["source"]) for cell in nb["cells"]}
+    kernels = [e for e in lab.exercises if isinstance(e, KernelExercise)]
+    assert len(kernels) >= 4
+    for made in kernels:
+        assert f"__global__ void {made.name}({made.signature}) {{" in cells[made.name]
+        names = [part.split()[-1].lstrip("*") for part in made.signature.split(",")]
+        assert list(made.arguments) == ["grid", "block", *names]
 
 
 def test_a_check_of_a_kernel_imports_no_torch() -> None:

@@ -429,7 +429,9 @@ def rounded_kernel(x, residual, weight, out, x_stride, r_stride, rows, columns, 
         tl.store(at, (v * w).to(out.dtype.element_ty), mask=c < columns)
 
 
-@add_rms_norm.alternative("programs that take turns with the rows; h rounded before the norm; one buffer for both")
+@add_rms_norm.alternative(
+    "programs that take turns with the rows; h rounded before the norm; one buffer for both"
+)
 def persistent(x: Any, residual: Any, weight: Any, eps: Any) -> Any:
     import torch
 

@@ -34,7 +34,7 @@ matmul = Exercise(
         "all of them at once? What do the lanes of a tile hold that lie outside of a or b, so that the sum "
         "does not change?",
         "rows [block_m, 1] from axis 0 of the grid, columns [1, block_n] from axis 1. Walk along K in steps "
-        "of block_k: load a tile [block_m, block_k] of a and one [block_k, block_n] of b, each masked on both "
+        "of block_k: load a tile [block_m, block_k] of a and one [block_k, block_n] of b, masked on both "
         "sides with other=0.0, and add tl.dot of the two to tl.zeros((block_m, block_n), tl.float32). An "
         "element (i, j) lies at i · stride(0) + j · stride(1).",
         "for start in range(0, K, BK): k = start + tl.arange(0, BK); "
@@ -503,7 +503,9 @@ def transposed_kernel(
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         at = tl.load(a + rows[None, :] * am + k[:, None] * ak, mask=(rows[None, :] < M) & (k[:, None] < K))
-        bt = tl.load(b + k[None, :] * bk + columns[:, None] * bn, mask=(k[None, :] < K) & (columns[:, None] < N))
+        bt = tl.load(
+            b + k[None, :] * bk + columns[:, None] * bn, mask=(k[None, :] < K) & (columns[:, None] < N)
+        )
         at = tl.where((rows[None, :] < M) & (k[:, None] < K), at, 0.0)
         bt = tl.where((k[None, :] < K) & (columns[:, None] < N), bt, 0.0)
         acc = tl.dot(bt, at, acc, input_precision="ieee")

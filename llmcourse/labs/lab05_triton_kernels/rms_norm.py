@@ -407,7 +407,5 @@ def persistent_kernel(x, weight, y, x_stride, y_stride, rows, columns, eps, BLOC
 def persistent(x: Any, weight: Any, eps: Any) -> Any:
     y = _empty(x)
     rows, columns = x.shape
-    persistent_kernel[(2,)](
-        x, weight, y, x.stride(0), y.stride(0), rows, columns, eps, BLOCK=_power(columns)
-    )
+    persistent_kernel[(2,)](x, weight, y, x.stride(0), y.stride(0), rows, columns, eps, BLOCK=_power(columns))
     return y

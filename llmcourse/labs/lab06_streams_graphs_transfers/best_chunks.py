@@ -57,7 +57,7 @@ def _agree(t: Trial, stages: tuple[float, ...], per_chunk: float, most: int, sla
     least, mine = T(best, stages, per_chunk), T(got, stages, per_chunk)
     t.holds(
         mine <= least * (1 + slack),
-        f"{got} chunks take {mine:,.6g} µs, and {best} take {least:,.6g}",
+        f"T({got}) = {mine:,.6g} µs, and T({best}) = {least:,.6g} µs",
     )
 
 

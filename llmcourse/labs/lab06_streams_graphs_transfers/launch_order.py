@@ -100,10 +100,9 @@ def _order(got: Any, count: int, said: str) -> list[int]:
 def _best(t: Trial, jobs: Jobs, limit: int) -> None:
     order = _asked(t, jobs, limit)
     mine, best = simulated(jobs, order), target(jobs)
-    shown = ", ".join(f"{c} + {k}" for c, k in jobs) if len(jobs) < 8 else f"{len(jobs)} jobs"
     t.holds(
         mine <= best + 0.5,
-        f"jobs of {shown} µs, launched as {describe(order)}, take {mine:,.0f} µs; {best:,.0f} is possible",
+        f"launched as {describe(order)}, the jobs take {mine:,.0f} µs; {best:,.0f} is possible",
     )
 
 

@@ -112,8 +112,7 @@ def _ordered(t: Trial, first: str, then: str, apart: int, why: str, tries: str) 
             a, b = place.get(f"{first} {i}"), place.get(f"{then} {i + apart * buffers}")
             if a is not None and b is not None and not known[b.index] >> a.index & 1:
                 raise Mismatch(
-                    f"{batches} batches, {buffers} buffer{'s' * (buffers > 1)}: nothing makes {b.call.name} "
-                    f"wait for {a.call.name}, {why}",
+                    f"nothing makes {b.call.name} wait for {a.call.name}, {why}",
                     tries=tries,
                 )
 
@@ -161,7 +160,7 @@ def few_waits(t: Trial) -> None:
         t.at_most(
             sum(line[0] == "synchronize" for line in loop.lines),
             max(0, batches - buffers),
-            f"synchronize calls with {batches} batches and {buffers} buffers",
+            "calls of synchronize",
             "synchronize only from batch `buffers` on; streams wait for each other by wait().",
         )
 
@@ -176,8 +175,7 @@ def overlap(t: Trial) -> None:
             t.at_most(
                 loop.program.simulate(IDEAL).makespan_us,
                 best + us[0] + max(us),
-                f"µs for {batches} batches through {buffers} buffers, with {us[0]} µs to prepare, "
-                f"{us[1]} to copy and {us[2]} to work on each",
+                f"µs in all, with {us[0]} µs to prepare, {us[1]} to copy and {us[2]} to work on each batch",
                 "waiting for what is `buffers` batches back, and for nothing newer.",
             )
 
