@@ -153,7 +153,7 @@ def softmax_backward() -> Iterator[Case]:
         yield Case("softmax", "backward", shape, x.dtype, size, functions, exact, graph=False)
 
 
-NORM_SHAPES = ((16384, 8192), (16384, 4096), (65536, 1024))
+NORM_SHAPES = ((16384, 8192), (32768, 4096), (131072, 1024))
 
 
 def _rms(x: Tensor, w: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope() -> Iterator[Case]:
-    batch, heads, length, head_dim = 4, 32, 4096, 128
+    batch, heads, length, head_dim = 8, 32, 4096, 128
     frequencies = 10000.0 ** -(torch.arange(0, 1, 2 / head_dim, device="cuda"))
     angles = torch.outer(torch.arange(length, device="cuda"), frequencies)
     cos, sin = angles.cos(), angles.sin()

@@ -10,6 +10,7 @@ such runs.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -302,13 +304,19 @@ def compile_only(only: str) -> None:
             _problem(search, plan)
 
 
-def sweep(*, only: str = "", seconds: float = math.inf, best: int = 4) -> list[dict[str, Any]]:
-    """Run the searches, print the best plans of each, and return all results."""
+def sweep(
+    *, only: str = "", seconds: float = math.inf, best: int = 4, file: Path | None = None
+) -> list[dict[str, Any]]:
+    """Run the searches, print the best plans of each, and return all results, written after each search.
+
+    only      parts of the searches' names, separated by commas
+    seconds   begin no further search after this long
+    """
     started = time.monotonic()
     prepare(only)
-    print(f"compiled after {time.monotonic() - started:.0f} s")
+    print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
     ceiling = copy_bandwidth("cuda")
-    print(f"{torch.cuda.get_device_name()}: copy {ceiling / 1e9:.0f} GB/s")
+    print(f"{torch.cuda.get_device_name()}: copy {ceiling / 1e9:.0f} GB/s", flush=True)
     results: list[dict[str, Any]] = []
     for search in searches(only):
         if time.monotonic() - started > seconds:
@@ -319,7 +327,9 @@ def sweep(*, only: str = "", seconds: float = math.inf, best: int = 4) -> list[d
         print(f"\n{search.name} ({len(search.plans)} plans, {time.monotonic() - started:.0f} s)")
         for row in sorted(found, key=lambda row: row["us"])[: best + 1]:
             shares = f"{row['of_copy']:6.1%} {row['of_same_copy']:6.1%}"
-            print(f"  {row['us']:9.1f} µs  {shares}  {row['plan']}")
+            print(f"  {row['us']:9.1f} µs  {shares}  {row['plan']}", flush=True)
+        if file:
+            file.write_text(json.dumps(results, indent=1) + "\n")
         torch.cuda.empty_cache()
     return results
 

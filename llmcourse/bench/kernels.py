@@ -13,7 +13,6 @@ copy that moves as many bytes as the kernel, measured in turn with it.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -125,6 +124,7 @@ def run(device: str, *, only: str = "", seconds: float = math.inf) -> tuple[list
     found: list[dict[str, Any]] = [{"name": "ceiling: copy", "who": "torch", "gb_per_s": ceiling / 1e9}]
     for case in cases(only):
         found += measure_case(case, ceiling)
+        print(f"{time.monotonic() - started:4.0f} s  {case.kernel} {case.direction} {case.shape}", flush=True)
         del case
         torch.compiler.reset()
         torch.cuda.empty_cache()
@@ -157,9 +157,7 @@ def main(arguments: list[str]) -> None:
         if args.prepare:
             compile_only(args.only)
             return
-        result = sweep(only=args.only, seconds=args.seconds)
-        if args.out:
-            (args.out / "kernel_sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+        sweep(only=args.only, seconds=args.seconds, file=args.out / "kernel_sweep.json" if args.out else None)
         return
     rows, notes = run("cuda", only=args.only, seconds=args.seconds)
     shown = (

@@ -95,6 +95,17 @@ def _cross_entropy(target: Tensor, x: Tensor, **options: Any) -> Tensor:
     return ce.cross_entropy(x, target, **options)
 
 
+def _loss_and_gradient(x: Tensor, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient of each row, targets being its number: by the kernel, or by torch."""
+    target, over = torch.arange(len(x), device="cuda"), x.clone()
+    if plan is None:
+        gradient = torch.softmax(x, -1) - torch.nn.functional.one_hot(target, x.shape[1])
+        return torch.nn.functional.cross_entropy(x, target, reduction="none"), gradient
+    loss = torch.empty(len(x), device="cuda")
+    ce.losses_and_gradient(over, target, loss, -100, plan)
+    return loss, over
+
+
 def _linear_ce(target: Tensor, x: Tensor, weight: Tensor, **options: Any) -> Tensor:
     return ce.linear_cross_entropy(x, weight, target, **options)
 
@@ -117,9 +128,16 @@ def _rope(cos: Tensor, sin: Tensor, x: Tensor, **options: Any) -> Tensor:
 def wide_rows() -> Iterator[Launch]:
     """The rungs for rows that one program cannot hold."""
     x, r, w = (torch.randn(s, device="cuda") for s in ((2, 20_001), (2, 20_001), (20_001,)))
-    for kernel in ("split", "online"):
-        plan = Plan(kernel, block=8192, warps=8)
-        yield both_ways(f"softmax {kernel}", softmax_file.softmax, x, plan=plan)
+    for plan in (
+        Plan("split", block=8192, warps=8),
+        Plan("split", block=4096, warps=8, part=16384),
+        Plan("online", block=8192, warps=8),
+        Plan("online", block=8192, warps=16, stages=3),
+        Plan("walk", block=32768, warps=32, stages=2),
+    ):
+        yield both_ways(f"softmax {plan.kernel}", softmax_file.softmax, x, plan=plan)
+    step = partial(_loss_and_gradient, x, Plan("split", block=4096, warps=8, part=8192))
+    yield "cross_entropy split", step, partial(_loss_and_gradient, x)
     yield both_ways("rms_norm looped", rms.rms_norm, x, w)
     yield both_ways("layer_norm looped", ln.layer_norm, x, w, r[0])
     yield both_ways("add_rms_norm looped", add_norm.add_rms_norm, x, r, w)

@@ -13,8 +13,8 @@ memory, in bytes held and in bytes moved, is what this file is about:
       inplace=True         the same                                 nothing more: over the logits
     linear_cross_entropy   each chunk of logits once or twice       one chunk of logits
 
-**Forward** goes once over a row with a running maximum and sum (as softmax's `online` rung), keeps 4 bytes a
-row for backward, and skips rows whose target is `ignore_index` without reading them.
+**Forward** goes once over a row with running maxima and sums (those of softmax's `online` rung), keeps 4
+bytes a row for backward, and skips rows whose target is `ignore_index` without reading them.
 
 **Backward** turns a logit into its gradient: one read, one write, at one place. So the gradient can take the
 logits' own memory (`inplace=True`), if nobody needs the logits again.
@@ -224,8 +224,8 @@ def loss_plan(columns: int) -> Plan:
     return Plan("online", block=block, warps=max(1, min(4, block // 512)))
 
 
-def step_plan(columns: int, *, interpret: bool = False) -> Plan:
-    """Columns at a time, warps and parts of the kernel that gives loss and gradient at once."""
+def step_plan(columns: int) -> Plan:
+    """Columns at a time and warps of the kernel that gives loss and gradient at once."""
     block = min(16384, power_of_two(columns))
     return Plan("online", block=block, warps=max(1, min(32, block // 512)))
 
@@ -432,7 +432,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 once = plan or loss_plan(vocabulary)
                 loss[part] = losses(logits, target[part], ignore, once, interpret)[0]
                 continue
-            step = plan or step_plan(vocabulary, interpret=interpret)
+            step = plan or step_plan(vocabulary)
             losses_and_gradient(logits, target[part], loss[part], ignore, step, interpret)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[part])

@@ -7,7 +7,6 @@ one from the shape; `plan=` overrides it, for tuning (`llmcourse bench kernels`,
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +72,6 @@ def vector_of(x: Tensor, block: int) -> int:
     return min(block, 16 // x.element_size())
 
 
-@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 4 for the interpreter, so that its programs share work too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -245,7 +245,7 @@ def wave_tiles(
 def wave_bytes(
     m: int, n: int, k: int, config: Config, *, programs: int, itemsize: int, group_m: int, wave: int = 0
 ) -> int:
-    """Bytes of A and B that the tiles of a wave need, each counted once: what they read if L2 serves re-reads."""
+    """Bytes of A and B that a wave's tiles need, each counted once: what is read if L2 serves re-reads."""
     tiles = wave_tiles(m, n, config, programs=programs, group_m=group_m, wave=wave)
     rows = sum(min(config.block_m, m - i * config.block_m) for i in {i for i, _ in tiles})
     columns = sum(min(config.block_n, n - j * config.block_n) for j in {j for _, j in tiles})

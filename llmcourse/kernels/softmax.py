@@ -10,6 +10,8 @@ the row is kept meanwhile. For M rows of N columns, in bytes (b: bytes an elemen
     naive     memory, after each step   M·N·(3·b + 20), see `naive_bytes`  5
     online    L2 cache (reads twice)    2·M·N·b if the cache holds it      1
     row       registers                 2·M·N·b                            1
+    walk      registers; next rows in   2·M·N·b                            1
+              shared memory
     split     registers of several      2·M·N·b + 16 bytes a program       1 (+ 1 to clear)
               programs
 
@@ -21,16 +23,23 @@ reading and writing whole tensors (the three in between in float32).
 **row** holds a row in the registers of one program. 32 warps of 32 threads have 64 registers a thread, which
 is the end at about 32 thousand columns.
 
+**walk** is row with as many programs as run at once. Each goes on to further rows, and copies the next ones
+to shared memory while it computes, so that the memory is never idle between a program's reading and writing.
+
 **online** goes over the row twice and needs no more registers for a longer row. The first pass keeps a
 running maximum m and a running sum l; when the maximum grows, the old sum is rescaled (Milakov and
 Gimelshein 2018, arXiv:1805.02867):
 
     m' = max(m, block's maximum)        l' = l·exp(m − m') + Σ exp(x − m')
 
-**split** gives a long row to several programs. Each keeps its part in registers, publishes its (m, l), waits
-for the others of its row, and combines. Programs that wait for each other must all be running: each takes
-its number from a counter when it starts, so that the parts of a row are numbers that started one after the
-other, and a waiting program waits only for such as have started or will start next.
+Each thread keeps an (m, l) of its own, for what it has loaded itself, and they are combined at the end of the
+row: within the pass no thread waits for another.
+
+**split** gives a long row to several programs. Each keeps its part in registers, or goes over it twice if it
+is wider than a block; in between it publishes its (m, l), waits for the others of its row, and combines.
+Programs that wait for each other must all be running: each takes its number from a counter when it starts,
+so that the parts of a row are numbers that started one after the other, and a waiting program waits only for
+such as have started or will start next.
 """
 
 from __future__ import annotations
@@ -122,11 +131,11 @@ def divide_kernel(e, s, y, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def softmax_of_rows(
-    x, y, first, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+def row_kernel(
+    x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """ROWS whole rows from `first` on, in registers from the first read to the only write."""
-    r = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+    """ROWS whole rows a program, in registers from the first read to the only write."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     c = tl.arange(0, BLOCK)[None, :]
     inside = (r < rows) & (c < columns)
     v = tl.load(x + r * x_stride + c, mask=inside, other=-float("inf")).to(tl.float32)
@@ -138,20 +147,20 @@ def softmax_of_rows(
 
 
 @triton.jit
-def row_kernel(
-    x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """ROWS rows a program."""
-    softmax_of_rows(x, y, tl.program_id(0) * ROWS, x_stride, y_stride, rows, columns, ROWS, BLOCK)
-
-
-@triton.jit
 def walk_kernel(
     x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """As many programs as run at once; each takes ROWS rows at a time while the next are on their way."""
+    c = tl.arange(0, BLOCK)[None, :]
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        softmax_of_rows(x, y, first, x_stride, y_stride, rows, columns, ROWS, BLOCK)
+        r = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        inside = (r < rows) & (c < columns)
+        v = tl.load(x + r * x_stride + c, mask=inside, other=-float("inf")).to(tl.float32)
+        if ROWS > 1:
+            v = tl.where(r < rows, v, 0.0)
+        e = tl.exp(v - tl.max(v, axis=1)[:, None])
+        e *= (1.0 / tl.sum(e, axis=1))[:, None]
+        tl.store(y + r * y_stride + c, e.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -306,21 +315,21 @@ def looped_backward_kernel(
 
 ROW_LIMIT = 16384  # widest block that stays in registers without spilling on sm_75, sm_80 and sm_90
 ONLINE_LIMIT = 65536  # widest row of which 132 multiprocessors' worth fits well into L2
-SPLIT_LIMIT = 1 << 19  # 64 programs a row: fewer than any GPU with long rows in mind has multiprocessors
 NAIVE_LIMIT = 65536
 
 
-def softmax_plan(columns: int, *, interpret: bool = False) -> Plan:
+def softmax_plan(columns: int, *, most_parts: int = 128) -> Plan:
     """The rung and its sizes for rows of this width.
 
-    The interpreter runs programs one after the other, so one that waits for the next would wait for ever:
-    there long rows go to `online`.
+    most_parts   programs that certainly run at once, and so may wait for each other: the multiprocessors of a
+                 GPU, and 1 in the interpreter, which runs programs one after the other
     """
     if columns <= ROW_LIMIT:
         return row_plan(columns)
-    if columns <= ONLINE_LIMIT or columns > SPLIT_LIMIT or interpret:
+    split = Plan("split", block=8192, warps=8)
+    if columns <= ONLINE_LIMIT or parts_of(columns, split) > most_parts:
         return Plan("online", block=16384, warps=32)
-    return Plan("split", block=8192, warps=8)
+    return split
 
 
 def softmax_naive(x: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -439,12 +448,13 @@ def softmax(x: Tensor, *, backend: Backend = "auto", plan: Plan | None = None) -
     if chosen == "reference":
         return reference(x)
     interpret = chosen == "interpret"
-    plan = plan or softmax_plan(x.shape[-1], interpret=interpret)
-    _check_plan(plan, x, interpret)
+    most_parts = 1 if interpret else multiprocessors(x.device)
+    plan = plan or softmax_plan(x.shape[-1], most_parts=most_parts)
+    _check_plan(plan, x, most_parts)
     return _Softmax.apply(x, plan, interpret)
 
 
-def _check_plan(plan: Plan, x: Tensor, interpret: bool) -> None:
+def _check_plan(plan: Plan, x: Tensor, most_parts: int) -> None:
     columns = x.shape[-1]
     if plan.kernel in ("row", "walk") and plan.block < columns:
         raise ShapeError(
@@ -454,15 +464,10 @@ def _check_plan(plan: Plan, x: Tensor, interpret: bool) -> None:
         )
     if plan.kernel == "split":
         parts = parts_of(columns, plan)
-        if interpret and parts > 1:
+        if parts > most_parts:
+            where = "the interpreter" if most_parts == 1 else f"a GPU of {most_parts} multiprocessors"
             raise ShapeError(
-                "the kernel `split` in the interpreter.",
-                "Its programs wait for each other, and the interpreter runs one after the other.",
-                "kernel='online'.",
-            )
-        if parts > multiprocessors(x.device):
-            raise ShapeError(
-                f"{parts} programs for each row, on a GPU of {multiprocessors(x.device)} multiprocessors.",
+                f"{parts} programs for each row, on {where}.",
                 "The programs of a row wait for each other, so they must all run at once.",
                 "a larger part, or kernel='online'.",
             )

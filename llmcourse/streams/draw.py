@@ -46,7 +46,7 @@ def draw(*timelines: Timeline, title: str = "", names: bool = True, until: float
     )[:, 0]
     for ax, timeline in zip(axes, timelines, strict=True):
         draw_on(ax, timeline, end, names=names)
-    axes[-1].set_xlabel("µs since the host's first call")
+    axes[-1].set_xlabel("µs")
     legend(figure, *timelines)
     if title:
         figure.suptitle(title, fontsize=11)

@@ -17,7 +17,8 @@ DTYPES = tuple(TOLERANCE)
 
 def error(out: Tensor, exact: Tensor) -> float:
     """‖out − exact‖ / ‖exact‖, NaN where one has a NaN that the other lacks."""
-    out, exact = out.detach().double().cpu(), exact.detach().double().cpu()
+    out = out.detach().double()
+    exact = exact.detach().double().to(out.device)
     assert out.shape == exact.shape
     if not torch.equal(out.isnan(), exact.isnan()):
         return float("nan")

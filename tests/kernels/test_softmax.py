@@ -61,8 +61,10 @@ def test_every_plan_gives_the_same(plan, dtype):
 
 def test_rows_wider_than_registers_hold_are_looped_over():
     x = torch.randn(2, 70_001) * 3
-    assert softmax_plan(70_001, interpret=True).kernel == softmax_plan(60_000).kernel == "online"
+    assert softmax_plan(70_001, most_parts=1).kernel == softmax_plan(60_000).kernel == "online"
     assert softmax_plan(70_001).kernel == "split"
+    assert softmax_plan(1 << 20, most_parts=132).kernel == "split"
+    assert softmax_plan(1 << 21, most_parts=132).kernel == "online"  # 256 programs do not all run at once
     check(interpreted, exact, [x])
 
 

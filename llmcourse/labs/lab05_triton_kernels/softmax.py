@@ -285,7 +285,8 @@ def widened(x: Any) -> Any:
 def narrow_kernel(x, y, x_stride, columns, BLOCK: tl.constexpr):
     row, c = tl.program_id(0), tl.arange(0, BLOCK)
     v = tl.load(x + row * x_stride + c, mask=c < columns, other=-float("inf"))
-    e = tl.exp((v - tl.max(v, axis=0)).to(tl.float32)).to(x.dtype.element_ty)
+    d = v - tl.max(v, axis=0).to(x.dtype.element_ty)
+    e = tl.exp(d.to(tl.float32)).to(x.dtype.element_ty)
     s = tl.sum(e.to(tl.float32), axis=0).to(x.dtype.element_ty)
     tl.store(y + row * columns + c, e / s, mask=c < columns)
 
