@@ -64,7 +64,7 @@ CHAPTERS = (
         "latency, throughput",
         ready=True,
     ),
-    Chapter("05", "triton_kernels", "Triton kernels and layer fusion", 2, "latency"),
+    Chapter("05", "triton_kernels", "Triton kernels and layer fusion", 2, "latency", ready=True),
     Chapter("06", "streams_graphs_transfers", "Streams, CUDA graphs, transfers", 2, "latency", ready=True),
     Chapter("07", "transformer", "The transformer, built and loaded", 3, "cost"),
     Chapter("08", "pretraining_to_rlhf", "From pre-training to RLHF", 3, "cost"),

@@ -8,7 +8,8 @@ part in the sum along K, so they are multiplied in at the end, once an element o
 
 The tensor cores do twice bf16's FLOPs on half its bytes. What it costs, beside the rounding of the inputs:
 Hopper's tensor cores keep about 14 bits while they add fp8 products. `fast_accum=False` moves the sum to
-a float32 accumulator after every 128 products, which takes registers and time.
+a float32 accumulator after every 128 products, which takes registers and a quarter of the speed at 8192³;
+cuBLAS loses less by it (record `matmul`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ cost a pipeline stage; written in two halves one after the other it takes 32.
 
 `tl.range(..., warp_specialize=True)`, which gives loads and products to different warps, is left out: on
 Hopper, Triton 3.6 to 3.9 ignore it with 8 warps and fail to compile this loop with 4. Without it the
-persistent rung is as fast as cuBLAS from 2048³ on (the record `matmul` has the figures).
+persistent rung is within 2 % of cuBLAS in bf16 at 1024³ to 8192³ (record `matmul`).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class SourceLine:
-    """Where an instruction comes from. `inlined_at` is the call that brought it, when its function was inlined."""
+    """Where an instruction comes from; `inlined_at` is the call that brought it, if its function was inlined."""
 
     file: str
     line: int
@@ -136,7 +136,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One PTX instruction. `modifiers` are the dot-separated parts after the opcode, types included, in order."""
+    """One PTX instruction. `modifiers` are the dot-separated parts after the opcode, types among them."""
 
     opcode: str
     modifiers: tuple[str, ...]
@@ -187,7 +187,7 @@ class Kernel:
 
 @dataclass
 class Module:
-    """What one PTX text holds: kernels by name, and the variables that they share (constant, global, shared)."""
+    """What one PTX text holds: kernels by name, and the variables that they share."""
 
     kernels: dict[str, Kernel]
     variables: dict[str, Variable]

@@ -163,7 +163,8 @@ def _compile(
         f"--pre-include={FIRST}",
         "-D_CG_LIMIT_INCLUDED_DEPENDENCIES",  # cooperative groups without libcu++: 0.05 s instead of 0.9 s
         *(f"-I{folder}" for folder in include_folders()),
-        *(["--ptxas-options=-v"] if cubin else []),
+        # From NVRTC's own cache (where there is a driver) a cubin comes without what ptxas said of it.
+        *(["--ptxas-options=-v", "--no-cache"] if cubin else []),
         *options,
     ]
     program = _created(nvrtc, source, name)

@@ -179,7 +179,7 @@ def test_the_waves_together_are_all_tiles_once():
     for group_m in (1, 8):
         waves = [plan.wave_tiles(1000, 3000, config, programs=13, group_m=group_m, wave=w) for w in range(8)]
         assert [len(w) for w in waves] == [13] * 7 + [5]
-        assert sorted(sum(waves, [])) == sorted(itertools.product(range(8), range(12)))
+        assert sorted(itertools.chain(*waves)) == sorted(itertools.product(range(8), range(12)))
 
 
 # planning
