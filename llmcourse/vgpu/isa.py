@@ -49,7 +49,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class SourceLine:
-    """Where an instruction comes from; `inlined_at` is the call that brought it, if its function was inlined."""
+    """Where an instruction comes from; `inlined_at` is the call that brought an inlined function's."""
 
     file: str
     line: int
