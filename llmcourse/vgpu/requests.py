@@ -100,7 +100,7 @@ def wavefronts(rows: np.ndarray, size: int, active: np.ndarray | None = None) ->
 
 
 def _like_neighbour(words: np.ndarray, takes: np.ndarray, distance: int) -> np.ndarray:
-    """bool [rows]: every lane wants what the lane `distance` from it (in one bit) wants, if both take part."""
+    """bool [rows]: every lane wants what its neighbour at `distance` wants, where both take part."""
     other = np.arange(words.shape[1]) ^ distance
     return ((words == words[:, other]) | ~takes | ~takes[:, other]).all(axis=1)
 
