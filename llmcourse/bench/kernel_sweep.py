@@ -76,21 +76,6 @@ def multiprocessor_count() -> int:
     return multiprocessors(torch.device("cuda", torch.cuda.current_device()))
 
 
-def walking_rows(columns: int) -> list[Plan]:
-    """Plans whose programs walk through rows with further rows on their way: as many as fit, or half."""
-    block, plans = power_of_two(columns), []
-    for warps, stages in product((4, 8, 16, 32), (2, 3, 4)):
-        if not 8 <= block // (32 * warps) <= 64:
-            continue
-        fit = min(2048 // (32 * warps), SHARED_OF_AN_SM // (2 * block * (stages - 1) + 2048))
-        for each in sorted({fit, max(1, fit // 2)} if fit else ()):
-            plans.append(Plan("walk", 1, block, warps, each * multiprocessor_count(), stages))
-    return plans
-
-
-SHARED_OF_AN_SM = 227 << 10  # bytes, of sm_90
-
-
 def walking_backward(columns: int) -> list[Plan]:
     """Backward plans: programs a multiprocessor × warps × rows × stages."""
     sms = multiprocessor_count()
@@ -129,31 +114,17 @@ def shape_of(name: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-ONLINE = [
-    Plan("online", block=block, warps=warps, stages=stages)
-    for (block, warps), stages in product(
-        ((4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32)), (1, 3)
-    )
-]
-SHARED = [
-    Plan("split", block=block, warps=warps, stages=stages, part=part)
-    for (block, warps), stages, part in product(
-        ((4096, 8), (4096, 16), (8192, 16), (8192, 32)), (1, 3), (16384, 32768, 65536)
-    )
-]
+ONLINE = sized("online", ((4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32)))
 
 
 def softmax(name: str) -> Search:
     rows, columns = shape_of(name)
     x = randn(rows, columns)
     plans = whole_rows(columns) if columns <= 32768 else []
-    if columns <= 32768:
-        plans += walking_rows(columns)
     if columns > 16384:
         plans += ONLINE
     if columns > 32768:
         plans += sized("split", ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)))
-        plans += [plan for plan in SHARED if plan.part < columns]
     size = softmax_file.minimum_bytes(rows, columns, 2)
     return Search(name, size, plans, lambda p: softmax_file.softmax(x, plan=p))
 
@@ -245,8 +216,8 @@ def cross_entropy(name: str) -> Search:
     rows, columns = shape_of(name)
     logits, target = randn(rows, columns), torch.randint(0, columns, (rows,), device="cuda")
     walks = [
-        Plan("online", block=block, warps=warps, stages=stages)
-        for block, warps, stages in product((1024, 2048, 4096, 8192), (4, 8, 16), (1, 3))
+        Plan("online", block=block, warps=warps)
+        for block, warps in product((1024, 2048, 4096, 8192), (4, 8, 16))
         if 8 <= block // (32 * warps) <= 16
     ]
     if "backward" in name:
@@ -259,8 +230,7 @@ def cross_entropy(name: str) -> Search:
     if "gradient" in name:
         loss = torch.empty(rows, device="cuda")
         size = 2 * ce.minimum_bytes(rows, columns, 2)
-        plans = ONLINE + SHARED
-        return Search(name, size, plans, lambda p: ce.losses_and_gradient(logits, target, loss, -100, p))
+        return Search(name, size, ONLINE, lambda p: ce.losses_and_gradient(logits, target, loss, -100, p))
     size = ce.minimum_bytes(rows, columns, 2)
     return Search(name, size, walks, lambda p: ce.losses(logits, target, -100, p))
 

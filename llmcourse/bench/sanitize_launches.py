@@ -130,14 +130,11 @@ def wide_rows() -> Iterator[Launch]:
     x, r, w = (torch.randn(s, device="cuda") for s in ((2, 20_001), (2, 20_001), (20_001,)))
     for plan in (
         Plan("split", block=8192, warps=8),
-        Plan("split", block=4096, warps=8, part=16384),
         Plan("online", block=8192, warps=8),
-        Plan("online", block=8192, warps=16, stages=3),
-        Plan("walk", block=32768, warps=32, stages=2),
     ):
         yield both_ways(f"softmax {plan.kernel}", softmax_file.softmax, x, plan=plan)
-    step = partial(_loss_and_gradient, x, Plan("split", block=4096, warps=8, part=8192))
-    yield "cross_entropy split", step, partial(_loss_and_gradient, x)
+    step = partial(_loss_and_gradient, x, ce.step_plan(x.shape[1]))
+    yield "cross_entropy loss and gradient", step, partial(_loss_and_gradient, x)
     yield both_ways("rms_norm looped", rms.rms_norm, x, w)
     yield both_ways("layer_norm looped", ln.layer_norm, x, w, r[0])
     yield both_ways("add_rms_norm looped", add_norm.add_rms_norm, x, r, w)

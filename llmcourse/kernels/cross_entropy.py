@@ -52,7 +52,7 @@ from llmcourse.kernels.checks import (
 )
 from llmcourse.kernels.language import tl, triton
 from llmcourse.kernels.launch import Plan, ceil_div, launch, power_of_two, vector_of
-from llmcourse.kernels.softmax import combined, of_all_parts, parts_of, running_sums
+from llmcourse.kernels.softmax import combined, running_sums
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -128,8 +128,7 @@ def pick_kernel(log_probs, target, loss, columns, ignore_index):
 
 @triton.jit
 def loss_kernel(
-    logits, target, loss, lse, stride, columns, ignore_index,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    logits, target, loss, lse, stride, columns, ignore_index, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """One row a program: its loss and lse, from one reading of the row."""
     row = tl.program_id(0).to(tl.int64)
@@ -139,7 +138,7 @@ def loss_kernel(
         tl.store(loss + row, 0.0)
         tl.store(lse + row, 0.0)
     else:
-        m, l = running_sums(logits, 0, columns, BLOCK, VECTOR, STAGES)  # noqa: E741
+        m, l = running_sums(logits, columns, BLOCK, VECTOR)  # noqa: E741
         top, total = combined(m, l)
         z = top + tl.log(total)
         # A target outside the vocabulary gives NaN: the kernel cannot raise, and must not read elsewhere.
@@ -171,44 +170,34 @@ def gradient_kernel(
 
 @triton.jit
 def loss_and_gradient_kernel(
-    logits, target, loss, started, arrived, parts_m, parts_l, stride, columns, ignore_index,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
+    logits, target, loss, stride, columns, ignore_index, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """PARTS programs a row, WIDTH columns each: the loss, and softmax − one-hot written over the logits.
+    """One row a program: the loss, and softmax − one-hot written over the logits.
 
-    Logits are read twice, once for the sum and once to be replaced. L2 holds them meanwhile if the rows that
-    are in work at a time fit, which is what parts are for (as in softmax's `split`).
+    Logits are read twice, once for the sum and once to be replaced: wide blocks, so that few rows are in work
+    at a time and L2 holds as much of them as it can. Between the passes a barrier: no thread may write before
+    every thread has read, the target's logit too.
     """
-    number = tl.atomic_add(started, 1) if PARTS > 1 else tl.program_id(0)
-    row = (number // PARTS).to(tl.int64)
-    part = number % PARTS
+    row = tl.program_id(0).to(tl.int64)
     t = tl.load(target + row)
     logits += row * stride
-    first = part * WIDTH
-    last = tl.minimum(first + WIDTH, columns)
     c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     if t == ignore_index:
-        if part == 0:
-            tl.store(loss + row, 0.0)
-        for start in tl.range(first, last, BLOCK):
+        tl.store(loss + row, 0.0)
+        for start in tl.range(0, columns, BLOCK):
             zero = tl.zeros((BLOCK // VECTOR, VECTOR), logits.dtype.element_ty)
-            tl.store(logits + start + c, zero, mask=start + c < last)
+            tl.store(logits + start + c, zero, mask=start + c < columns)
     else:
         known = (t >= 0) & (t < columns)
-        picked = tl.load(logits + t, mask=known & (part == 0), other=float("nan")).to(tl.float32)
-        m, l = running_sums(logits, first, last, BLOCK, VECTOR, STAGES)  # noqa: E741
+        picked = tl.load(logits + t, mask=known, other=float("nan")).to(tl.float32)
+        m, l = running_sums(logits, columns, BLOCK, VECTOR)  # noqa: E741
         top, total = combined(m, l)
-        if PARTS > 1:  # no part goes on to write before every part has read, the target's logit too
-            top, total = of_all_parts(top, total, row, part, arrived, parts_m, parts_l, PARTS)
-        else:
-            tl.debug_barrier()
+        tl.debug_barrier()
         z = top + tl.log(total)
-        if part == 0:
-            tl.store(loss + row, z - picked)
+        tl.store(loss + row, z - picked)
         hit = tl.where(known, 1.0, float("nan"))
-        for start in tl.range(first, last, BLOCK, num_stages=STAGES):
-            inside = start + c < last
+        for start in tl.range(0, columns, BLOCK):
+            inside = start + c < columns
             v = tl.load(logits + start + c, mask=inside, eviction_policy="evict_first").to(tl.float32)
             g = (tl.exp(v - z) - tl.where(start + c == t, 1.0, 0.0)) * hit
             g = g.to(logits.dtype.element_ty)
@@ -220,14 +209,14 @@ def loss_and_gradient_kernel(
 
 def loss_plan(columns: int) -> Plan:
     """Columns at a time and warps of the kernel that walks along a row once."""
-    block = min(2048, power_of_two(columns))
-    return Plan("online", block=block, warps=max(1, min(4, block // 512)))
+    block = min(8192, power_of_two(columns))
+    return Plan("online", block=block, warps=max(1, block // 512))
 
 
 def step_plan(columns: int) -> Plan:
     """Columns at a time and warps of the kernel that gives loss and gradient at once."""
     block = min(16384, power_of_two(columns))
-    return Plan("online", block=block, warps=max(1, min(32, block // 512)))
+    return Plan("online", block=block, warps=max(1, block // 512))
 
 
 GRADIENT_PLAN = Plan("gradient", block=8192, warps=16)
@@ -241,8 +230,7 @@ def losses(
     loss, lse = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
     launch(
         loss_kernel, len(logits), logits, target, loss, lse, row_stride(logits), logits.shape[1], ignore,
-        BLOCK=plan.block, VECTOR=vector_of(logits, plan.block), STAGES=plan.stages,
-        num_warps=plan.warps, interpret=interpret,
+        BLOCK=plan.block, VECTOR=vector_of(logits, plan.block), num_warps=plan.warps, interpret=interpret,
     )  # fmt: skip
     return loss, lse
 
@@ -272,17 +260,10 @@ def losses_and_gradient(
     logits: Tensor, target: Tensor, loss: Tensor, ignore: int, plan: Plan, interpret: bool = False
 ) -> None:
     """Write each row's loss, and softmax − one-hot over the logits."""
-    rows, columns = logits.shape
-    parts = parts_of(columns, plan) if plan.kernel == "split" else 1
-    shared = parts > 1
-    flags = (torch.zeros if shared else torch.empty)(rows + 1, dtype=torch.int32, device=logits.device)
-    m, l = (torch.empty(rows, parts, dtype=torch.float32, device=logits.device) for _ in range(2))  # noqa: E741
     launch(
-        loss_and_gradient_kernel, rows * parts,
-        logits, target, loss, flags, flags[1:], m, l, row_stride(logits), columns, ignore,
-        PARTS=parts, WIDTH=(plan.part or plan.block) if shared else power_of_two(columns),
-        BLOCK=plan.block, VECTOR=vector_of(logits, plan.block), STAGES=plan.stages,
-        num_warps=plan.warps, interpret=interpret,
+        loss_and_gradient_kernel, len(logits),
+        logits, target, loss, row_stride(logits), logits.shape[1], ignore,
+        BLOCK=plan.block, VECTOR=vector_of(logits, plan.block), num_warps=plan.warps, interpret=interpret,
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ class Plan(NamedTuple):
     warps      warps of 32 threads in a program
     programs   programs in all (0: as many as the rows need)
     stages     iterations of the row loop whose loads are in flight together
-    part       columns of a row that a program takes, where several share one (0: one block)
     """
 
     kernel: str
@@ -31,7 +30,6 @@ class Plan(NamedTuple):
     warps: int = 4
     programs: int = 0
     stages: int = 1
-    part: int = 0
 
 
 def launch(
@@ -88,16 +86,19 @@ def row_plan(columns: int) -> Plan:
 
 
 def walking_plan(rows: int, columns: int, itemsize: int, device: torch.device) -> Plan:
-    """A plan for kernels whose programs walk through rows and keep sums over them: two a multiprocessor.
+    """A plan for kernels whose programs walk through rows and keep sums over them.
 
-    From 4096 columns on the next rows are loaded to shared memory meanwhile, 32 KiB of each tensor.
+    In 16-bit formats a program takes 8192 elements at a time, and the next ones are on their way to shared
+    memory meanwhile; of the widest rows, whose sums take the most registers, one program a multiprocessor,
+    else two.
     """
     block = power_of_two(columns)
     wide = block >= 4096
-    at_once = max(1, (8192 if wide else 4096) // block)
-    programs = max(1, min(ceil_div(rows, at_once), 2 * multiprocessors(device)))
-    stages = 3 if wide and itemsize == 2 else 1
-    return Plan("row", at_once, block, 16 if wide else 8, programs, stages)
+    short = itemsize == 2
+    at_once = max(1, (8192 if wide or short else 4096) // block)
+    most = multiprocessors(device) * (1 if block >= 8192 else 2)
+    programs = max(1, min(ceil_div(rows, at_once), most))
+    return Plan("row", at_once, block, 16 if wide else 8, programs, stages=3 if short else 1)
 
 
 def rows_in(x: Tensor) -> int:

@@ -244,7 +244,7 @@ def looped_backward_kernel(
 
 ROW_BYTES = 65536  # forward: widest row held in registers without spilling
 BACKWARD_ROW_LIMIT = 8192  # backward holds x, dy, w, dw and db
-PARTIAL_BYTES = 32 << 20  # of partial sums, so that they stay in the L2 cache
+PARTIAL_BYTES = 18 << 20  # of partial sums, so that they stay in the L2 cache
 
 
 def forward_plan(columns: int, itemsize: int = 4) -> Plan:
@@ -256,7 +256,7 @@ def backward_plan(rows: int, columns: int, itemsize: int, device: torch.device) 
     """Rung and sizes of the backward kernel. A program keeps x, dy, w, dw and db of a row at once."""
     if columns > BACKWARD_ROW_LIMIT:
         programs = max(1, min(rows, multiprocessors(device), PARTIAL_BYTES // (8 * columns)))
-        return Plan("looped", block=8192, warps=16, programs=programs)
+        return Plan("looped", block=32768 // itemsize, warps=32, programs=programs)
     return walking_plan(rows, columns, itemsize, device)
 
 

@@ -132,21 +132,19 @@ def rope_kernel(
 
 
 def rope_plan(x: Tensor) -> Plan:
-    """Up to 4096 elements a program: `rows` heads of `block` tokens, neighbours in memory first.
+    """`rows` heads of `block` tokens a program, neighbours in memory: up to 4096 elements.
 
-    x [B, H, S, D]. Where a token's heads lie side by side (from a projection), a program takes heads; where a
-    head's tokens do, it takes tokens, and some heads as well, which then share the tables.
+    x [B, H, S, D]. Where a token's heads lie side by side (from a projection), a program takes heads, which
+    share the tables' row; where a head's tokens do, it takes tokens of one head.
     """
     _, heads, length, head_dim = x.shape
     pairs = power_of_two(head_dim // 2)
-    most = max(1, 2048 // pairs)
     if x.stride(1) <= x.stride(2) or length == 1:
-        rows = min(power_of_two(heads), most)
-        tokens = min(power_of_two(length), most // rows)
+        rows = min(power_of_two(heads), max(1, 2048 // pairs))
+        tokens = min(power_of_two(length), max(1, 2048 // (pairs * rows)))
     else:
-        rows = min(power_of_two(heads), 4, most)
-        tokens = min(power_of_two(length), most // rows)
-    return Plan("fused", rows, tokens, warps=max(1, min(8, rows * tokens * pairs // 256)))
+        rows, tokens = 1, min(power_of_two(length), max(1, 1024 // pairs))
+    return Plan("fused", rows, tokens, warps=max(1, min(8, rows * tokens * pairs // 128)))
 
 
 def turn(

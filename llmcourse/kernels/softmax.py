@@ -10,8 +10,6 @@ the row is kept meanwhile. For M rows of N columns, in bytes (b: bytes an elemen
     naive     memory, after each step   M·N·(3·b + 20), see `naive_bytes`  5
     online    L2 cache (reads twice)    2·M·N·b if the cache holds it      1
     row       registers                 2·M·N·b                            1
-    walk      registers; next rows in   2·M·N·b                            1
-              shared memory
     split     registers of several      2·M·N·b + 16 bytes a program       1 (+ 1 to clear)
               programs
 
@@ -23,9 +21,6 @@ reading and writing whole tensors (the three in between in float32).
 **row** holds a row in the registers of one program. 32 warps of 32 threads have 64 registers a thread, which
 is the end at about 32 thousand columns.
 
-**walk** is row with as many programs as run at once. Each goes on to further rows, and copies the next ones
-to shared memory while it computes, so that the memory is never idle between a program's reading and writing.
-
 **online** goes over the row twice and needs no more registers for a longer row. The first pass keeps a
 running maximum m and a running sum l; when the maximum grows, the old sum is rescaled (Milakov and
 Gimelshein 2018, arXiv:1805.02867):
@@ -35,8 +30,8 @@ Gimelshein 2018, arXiv:1805.02867):
 Each thread keeps an (m, l) of its own, for what it has loaded itself, and they are combined at the end of the
 row: within the pass no thread waits for another.
 
-**split** gives a long row to several programs. Each keeps its part in registers, or goes over it twice if it
-is wider than a block; in between it publishes its (m, l), waits for the others of its row, and combines.
+**split** gives a long row to several programs. Each keeps its part in registers, publishes the part's (m, l),
+waits for the others of its row, and combines.
 Programs that wait for each other must all be running: each takes its number from a counter when it starts,
 so that the parts of a row are numbers that started one after the other, and a waiting program waits only for
 such as have started or will start next.
@@ -147,25 +142,8 @@ def row_kernel(
 
 
 @triton.jit
-def walk_kernel(
-    x, y, x_stride, y_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """As many programs as run at once; each takes ROWS rows at a time while the next are on their way."""
-    c = tl.arange(0, BLOCK)[None, :]
-    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        r = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        inside = (r < rows) & (c < columns)
-        v = tl.load(x + r * x_stride + c, mask=inside, other=-float("inf")).to(tl.float32)
-        if ROWS > 1:
-            v = tl.where(r < rows, v, 0.0)
-        e = tl.exp(v - tl.max(v, axis=1)[:, None])
-        e *= (1.0 / tl.sum(e, axis=1))[:, None]
-        tl.store(y + r * y_stride + c, e.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def running_sums(x, first, last, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr):
-    """(m, l) of columns first … last − 1, each [BLOCK / VECTOR]: Σ exp is the sum of l·exp(m) over all.
+def running_sums(x, columns, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """(m, l) of a row of `columns`, each [BLOCK / VECTOR]: Σ exp is the sum of l·exp(m) over all.
 
     Each thread has a maximum and a sum of its own, of the VECTOR neighbours that it loads at a time. So the
     loop has no barrier in it, and no thread waits for another before the end of the row.
@@ -173,8 +151,8 @@ def running_sums(x, first, last, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAG
     c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     m = tl.full((BLOCK // VECTOR,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK // VECTOR,), tl.float32)  # noqa: E741
-    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
-        inside = start + c < last
+    for start in tl.range(0, columns, BLOCK):
+        inside = start + c < columns
         v = tl.load(x + start + c, mask=inside, other=-float("inf"), eviction_policy="evict_last")
         v = v.to(tl.float32)
         new = tl.maximum(m, tl.max(v, axis=1))
@@ -192,29 +170,20 @@ def combined(m, l):  # noqa: E741
 
 
 @triton.jit
-def write_softmax(
-    x, y, first, last, top, total, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """y = exp(x − top) / total for columns first … last − 1: a second reading, out of the L2 cache."""
-    c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    scale = 1.0 / total
-    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
-        inside = start + c < last
-        v = tl.load(x + start + c, mask=inside, other=0.0, eviction_policy="evict_first")
-        e = tl.exp(v.to(tl.float32) - top) * scale
-        tl.store(y + start + c, e.to(y.dtype.element_ty), mask=inside, eviction_policy="evict_first")
-
-
-@triton.jit
-def online_kernel(
-    x, y, x_stride, y_stride, columns, BLOCK: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
+def online_kernel(x, y, x_stride, y_stride, columns, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """One row a program in two passes, BLOCK columns at a time; the second pass finds the row in L2."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
-    m, l = running_sums(x, 0, columns, BLOCK, VECTOR, STAGES)  # noqa: E741
+    y += row * y_stride
+    m, l = running_sums(x, columns, BLOCK, VECTOR)  # noqa: E741
     top, total = combined(m, l)
-    write_softmax(x, y + row * y_stride, 0, columns, top, total, BLOCK, VECTOR, STAGES)
+    scale = 1.0 / total
+    c = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    for start in tl.range(0, columns, BLOCK):
+        inside = start + c < columns
+        v = tl.load(x + start + c, mask=inside, other=0.0, eviction_policy="evict_first")
+        e = tl.exp(v.to(tl.float32) - top) * scale
+        tl.store(y + start + c, e.to(y.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -237,36 +206,23 @@ def of_all_parts(m, l, row, part, arrived, parts_m, parts_l, PARTS: tl.constexpr
 @triton.jit
 def split_kernel(
     x, y, started, arrived, parts_m, parts_l, x_stride, y_stride, columns,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """PARTS programs a row, WIDTH columns each, which exchange their maximum and sum through memory.
-
-    A part of one BLOCK stays in registers; of a wider one, each program makes two passes over its own.
+    """PARTS programs a row, BLOCK columns each, which exchange their maximum and sum through memory.
 
     started   int32 [1], zero: programs that have taken a number
     """
     number = tl.atomic_add(started, 1)
     row = (number // PARTS).to(tl.int64)
     part = number % PARTS
-    x += row * x_stride
-    y += row * y_stride
-    first = part * WIDTH
-    last = tl.minimum(first + WIDTH, columns)
-    if WIDTH > BLOCK:
-        m, l = running_sums(x, first, last, BLOCK, VECTOR, STAGES)  # noqa: E741
-        m, l = combined(m, l)  # noqa: E741
-        top, total = of_all_parts(m, l, row, part, arrived, parts_m, parts_l, PARTS)
-        write_softmax(x, y, first, last, top, total, BLOCK, VECTOR, STAGES)
-    else:
-        c = first + tl.arange(0, BLOCK)
-        v = tl.load(x + c, mask=c < last, other=-float("inf")).to(tl.float32)
-        m = tl.max(v, axis=0)
-        shift = tl.where(m == -float("inf"), 0.0, m)
-        v = tl.exp(v - shift)
-        top, total = of_all_parts(m, tl.sum(v, axis=0), row, part, arrived, parts_m, parts_l, PARTS)
-        v *= tl.exp(shift - top) / total
-        tl.store(y + c, v.to(y.dtype.element_ty), mask=c < last)
+    c = part * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + row * x_stride + c, mask=c < columns, other=-float("inf")).to(tl.float32)
+    m = tl.max(v, axis=0)
+    shift = tl.where(m == -float("inf"), 0.0, m)
+    v = tl.exp(v - shift)
+    top, total = of_all_parts(m, tl.sum(v, axis=0), row, part, arrived, parts_m, parts_l, PARTS)
+    v *= tl.exp(shift - top) / total
+    tl.store(y + row * y_stride + c, v.to(y.dtype.element_ty), mask=c < columns)
 
 
 # backward: dx = y·(dy − Σ dy·y)
@@ -370,37 +326,32 @@ def forward(x: Tensor, plan: Plan, interpret: bool = False) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     meta: dict[str, Any] = {"BLOCK": plan.block, "num_warps": plan.warps, "interpret": interpret}
     stride = row_stride(x)
-    turns = ceil_div(rows, plan.rows)
     if plan.kernel == "row":
-        launch(row_kernel, turns, x, y, stride, columns, rows, columns, ROWS=plan.rows, **meta)
+        programs = ceil_div(rows, plan.rows)
+        launch(row_kernel, programs, x, y, stride, columns, rows, columns, ROWS=plan.rows, **meta)
         return y
-    meta["STAGES"] = plan.stages
-    if plan.kernel == "walk":
-        programs = min(turns, plan.programs or multiprocessors(x.device))
-        launch(walk_kernel, programs, x, y, stride, columns, rows, columns, ROWS=plan.rows, **meta)
-        return y
-    meta["VECTOR"] = vector_of(x, plan.block)
     if plan.kernel == "online":
-        launch(online_kernel, rows, x, y, stride, columns, columns, **meta)
+        vector = vector_of(x, plan.block)
+        launch(online_kernel, rows, x, y, stride, columns, columns, VECTOR=vector, **meta)
         return y
     parts = parts_of(columns, plan)
     flags = torch.zeros(rows + 1, dtype=torch.int32, device=x.device)
     m, l = (torch.empty(rows, parts, dtype=torch.float32, device=x.device) for _ in range(2))  # noqa: E741
     launch(
         split_kernel, rows * parts, x, y, flags, flags[1:], m, l, stride, columns, columns,
-        PARTS=parts, WIDTH=plan.part or plan.block, **meta,
+        PARTS=parts, **meta,
     )  # fmt: skip
     return y
 
 
 def parts_of(columns: int, plan: Plan) -> int:
     """Programs that share a row under a plan of the rung `split`."""
-    return power_of_two(ceil_div(columns, plan.part or plan.block))
+    return power_of_two(ceil_div(columns, plan.block))
 
 
 def backward_plan(columns: int) -> Plan:
     """The backward rung and its sizes for rows of this width."""
-    return row_plan(columns) if columns <= ROW_LIMIT else Plan("online", block=4096, warps=16)
+    return row_plan(columns) if columns <= ROW_LIMIT else Plan("online", block=8192, warps=32)
 
 
 def backward(y: Tensor, dy: Tensor, *, plan: Plan | None = None, interpret: bool = False) -> Tensor:
@@ -456,10 +407,10 @@ def softmax(x: Tensor, *, backend: Backend = "auto", plan: Plan | None = None) -
 
 def _check_plan(plan: Plan, x: Tensor, most_parts: int) -> None:
     columns = x.shape[-1]
-    if plan.kernel in ("row", "walk") and plan.block < columns:
+    if plan.kernel == "row" and plan.block < columns:
         raise ShapeError(
             f"a plan of {plan.block} columns for rows of {columns}.",
-            f"The kernel `{plan.kernel}` holds a row at once.",
+            "The kernel `row` holds a row at once.",
             f"block={power_of_two(columns)}, or kernel='online'.",
         )
     if plan.kernel == "split":
@@ -469,5 +420,5 @@ def _check_plan(plan: Plan, x: Tensor, most_parts: int) -> None:
             raise ShapeError(
                 f"{parts} programs for each row, on {where}.",
                 "The programs of a row wait for each other, so they must all run at once.",
-                "a larger part, or kernel='online'.",
+                "a larger block, or kernel='online'.",
             )

@@ -107,22 +107,12 @@ def test_every_rung_of_wide_softmax_gives_the_same(columns):
     exact = torch.softmax(x.double(), -1)
     for plan in (
         Plan("online", block=4096, warps=8),
-        Plan("online", block=8192, warps=32, stages=3),
+        Plan("online", block=16384, warps=32),
         Plan("split", block=8192, warps=8),
-        Plan("split", block=4096, warps=16, part=16384),
-        Plan("split", block=8192, warps=16, part=32768, stages=3),
+        Plan("split", block=16384, warps=16),
     ):
         for _ in range(3):  # programs that wait for each other: again and again
             assert error(softmax_file.softmax(x, plan=plan), exact) < 5e-3
-
-
-@pytest.mark.parametrize("columns", [1000, 1024])
-def test_rows_that_are_loaded_ahead_are_the_right_ones(columns):
-    x = random_input(3001, columns, dtype=torch.bfloat16, scale=3)
-    exact = torch.softmax(x.double(), -1)
-    for rows, programs, stages in ((1, 7, 2), (1, 264, 4), (4, 132, 3), (1, 5000, 3)):
-        plan = Plan("walk", rows, 1024, 4, programs, stages)
-        assert error(softmax_file.softmax(x, plan=plan), exact) < 5e-3
 
 
 def test_softmax_of_special_rows():
@@ -276,7 +266,7 @@ def test_linear_cross_entropy(dtype):
 
 
 @pytest.mark.parametrize("columns", [20_001, 128_256])
-def test_every_rung_of_loss_and_gradient_gives_the_same(columns):
+def test_every_plan_of_loss_and_gradient_gives_the_same(columns):
     x = torch.randn(200, columns, device="cuda", dtype=torch.bfloat16) * 2
     t = torch.randint(0, columns, (200,), device="cuda")
     t[3], t[4], t[5] = -100, columns - 1, columns
@@ -288,9 +278,8 @@ def test_every_rung_of_loss_and_gradient_gives_the_same(columns):
     losses[5] = math.nan
     for plan in (
         ce.step_plan(columns),
-        Plan("online", block=8192, warps=16, stages=3),
-        Plan("split", block=4096, warps=8, part=16384),
-        Plan("split", block=8192, warps=32, part=32768, stages=3),
+        Plan("online", block=4096, warps=8),
+        Plan("online", block=8192, warps=16),
     ):
         for _ in range(3):
             over, loss = x.clone(), torch.empty(200, device="cuda")
