@@ -256,7 +256,7 @@ def backward_plan(rows: int, columns: int, itemsize: int, device: torch.device) 
     """Rung and sizes of the backward kernel. A program keeps x, dy, w, dw and db of a row at once."""
     if columns > BACKWARD_ROW_LIMIT:
         programs = max(1, min(rows, multiprocessors(device), PARTIAL_BYTES // (8 * columns)))
-        return Plan("looped", block=32768 // itemsize, warps=32, programs=programs)
+        return Plan("looped", block=8192, warps=32, programs=programs)
     return walking_plan(rows, columns, itemsize, device)
 
 

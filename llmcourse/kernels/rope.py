@@ -12,8 +12,8 @@ For x of E elements of b bytes:
     naive     turned copy (−x₂, x₁): 2·E·b, then x·cos + turned·sin: 3·E·b = 5·E·b    2
     fused     read x, write out: 2·E·b                                                1
 
-plus the tables, which all heads of a token share: one program takes several heads of a token, so that their
-row is read once for all of them.
+plus the tables, which all heads of a token share: where these lie side by side in memory, one program takes
+several of them, so that the tables' row is read once for all; elsewhere the L2 cache gives it again.
 
 Backward turns the other way: the same kernel with −sin. Nothing but the tables is kept.
 
@@ -144,7 +144,7 @@ def rope_plan(x: Tensor) -> Plan:
         tokens = min(power_of_two(length), max(1, 2048 // (pairs * rows)))
     else:
         rows, tokens = 1, min(power_of_two(length), max(1, 1024 // pairs))
-    return Plan("fused", rows, tokens, warps=max(1, min(8, rows * tokens * pairs // 128)))
+    return Plan("fused", rows, tokens, warps=max(1, min(8, rows * tokens * pairs // 256)))
 
 
 def turn(

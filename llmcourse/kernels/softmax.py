@@ -351,7 +351,7 @@ def parts_of(columns: int, plan: Plan) -> int:
 
 def backward_plan(columns: int) -> Plan:
     """The backward rung and its sizes for rows of this width."""
-    return row_plan(columns) if columns <= ROW_LIMIT else Plan("online", block=8192, warps=32)
+    return row_plan(columns) if columns <= ROW_LIMIT else Plan("online", block=16384, warps=32)
 
 
 def backward(y: Tensor, dy: Tensor, *, plan: Plan | None = None, interpret: bool = False) -> Tensor:
