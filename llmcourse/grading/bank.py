@@ -6,6 +6,7 @@ is it named in the message? For an alternative, one: is it accepted?
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Entry:
     meant: str  # the check that should reject it first
     failing: tuple[str, ...]
     named: str  # the mistake that the message names
-    seconds: float
+    seconds: float  # of CPU time
 
     @property
     def faults(self) -> list[str]:
@@ -44,11 +45,11 @@ class Entry:
 def examine(exercise: Exercise, seed: int) -> list[Entry]:
     """Judge every mistake and alternative of `exercise` on inputs from `seed`."""
     entries = [
-        _entry(exercise, m.name, "mistake", m.caught_by, _judge(exercise, m.fn, seed))
+        _entry(exercise, m.name, "mistake", m.caught_by, *_judge(exercise, m.fn, seed))
         for m in exercise.mistakes
     ]
     entries += [
-        _entry(exercise, a.name, "alternative", "", _judge(exercise, a.fn, seed))
+        _entry(exercise, a.name, "alternative", "", *_judge(exercise, a.fn, seed))
         for a in exercise.alternatives
     ]
     return entries
@@ -59,11 +60,14 @@ def faults(entries: Iterable[Entry]) -> list[str]:
     return [f"{e.exercise.name}: {e.kind} {e.name} {fault}" for e in entries for fault in e.faults]
 
 
-def _judge(exercise: Exercise, fn: object, seed: int) -> Verdict:
-    return judge(exercise, LocalSubject(fn, exercise.name), seed)  # type: ignore[arg-type]
+def _judge(exercise: Exercise, fn: object, seed: int) -> tuple[Verdict, float]:
+    """The verdict, and the CPU time it took: what other programs do meanwhile does not count."""
+    started = time.process_time()
+    verdict = judge(exercise, LocalSubject(fn, exercise.name), seed)  # type: ignore[arg-type]
+    return verdict, time.process_time() - started
 
 
-def _entry(exercise: Exercise, name: str, kind: str, meant: str, verdict: Verdict) -> Entry:
+def _entry(exercise: Exercise, name: str, kind: str, meant: str, verdict: Verdict, seconds: float) -> Entry:
     failing = tuple(r.check.name for r in verdict.results if not r.ok)
     named = verdict.mistake.name if verdict.mistake and verdict.sure else ""
-    return Entry(exercise, name, kind, meant, failing, named, verdict.seconds)
+    return Entry(exercise, name, kind, meant, failing, named, seconds)

@@ -18,7 +18,7 @@ from llmcourse.labs import LABS
 
 EXERCISES = [pytest.param(e, id=f"{lab.number}-{e.name}") for lab in LABS for e in lab.exercises]
 SEEDS = (0, 20_260, 777_777)
-LIMIT = 2.0  # seconds that a learner waits for a verdict, its diagnosis included
+LIMIT = 2.0  # seconds of CPU for a verdict, its diagnosis included: what a learner waits for
 
 
 @pytest.fixture(scope="module", autouse=True)
