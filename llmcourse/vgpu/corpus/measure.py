@@ -34,6 +34,8 @@ CHUNK = 70
 
 COMMAND = "python -m llmcourse.vgpu.corpus.measure --out DIR"
 
+NOT_COUNTED = ("device__", "numa", "nvlink", "profiler", "c2c", "gpu__", "sm__maximum")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -99,18 +101,26 @@ def measure(out: Path, seconds: float, cases: Sequence[Case]) -> None:
                 "grid": case.grid,
                 "block": case.block,
                 **({k: v for k, v in plain[case.name].items() if k != "name"} if case.name in plain else {}),
-                "metrics": {k: v for k, v in profiled.get(case.name, {}).items() if v},
-                "zero": sum(not v for v in profiled.get(case.name, {}).values()),
+                "metrics": {k: whole(v) for k, v in profiled.get(case.name, {}).items() if v and kept(k)},
             }
             for case in cases
         ]
-        asked = sorted({metric for values in profiled.values() for metric in values})
         notes = [
             "each case launched once under ncu --clock-control none; metrics that read 0 are not listed",
-            "metrics: " + " ".join(asked),
+            "of each metric the sum over the GPU's units is kept; a metric that is not listed read 0",
         ]
         keep(out, "ncu", results, notes, log)
     log("done")
+
+
+def kept(metric: str) -> bool:
+    """Whether a reading goes into the record: a sum over the GPU's units or a ratio, none of the device's own."""
+    counted = metric.endswith((".sum", ".ratio")) or "." not in metric
+    return counted and not metric.startswith(NOT_COUNTED)
+
+
+def whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
 
 
 def build_all(work: Path, log: Log) -> dict[str, list[str]]:
