@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from llmcourse.vgpu.machine import Batch, Program, Step
 
 NOTHING_TO_DO = ("membar", "fence", "prefetch", "prefetchu", "nanosleep", "griddepcontrol", "applypriority",
-                 "discard", "setmaxnreg", "pmevent", "brkpt", "isspacep_")  # fmt: skip
+                 "discard", "setmaxnreg", "pmevent", "brkpt")  # fmt: skip
 MATRIX = ("wmma", "mma", "ldmatrix", "stmatrix", "movmatrix")
 
 

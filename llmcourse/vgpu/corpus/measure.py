@@ -114,7 +114,7 @@ def measure(out: Path, seconds: float, cases: Sequence[Case]) -> None:
 
 
 def kept(metric: str) -> bool:
-    """Whether a reading goes into the record: a sum over the GPU's units or a ratio, none of the device's own."""
+    """Whether a reading goes into the record: a sum over the GPU's units or a ratio."""
     counted = metric.endswith((".sum", ".ratio")) or "." not in metric
     return counted and not metric.startswith(NOT_COUNTED)
 
