@@ -22,7 +22,7 @@ PICTURE = """async image => {
 }"""
 
 
-@pytest.mark.parametrize("name", ["00_start_here", "01_backprop"])
+@pytest.mark.parametrize("name", ["00_start_here", "01_backprop", "04_memory_hierarchy"])
 def test_a_notebook_runs_in_jupyterlab_and_its_widget_follows_the_keyboard(name, lab, browser):
     page, faults = open_page(browser)
     try:
