@@ -199,9 +199,7 @@ def stored(program: Program, operand: Operand | None, dtype: np.dtype) -> Fetch:
     fetch = program.fetch(operand, dtype)
 
     def values(batch: Batch, active: Active) -> np.ndarray:
-        value = fetch(batch, active)
-        if isinstance(value, np.ndarray) and not active.sparse and active.lanes is not None:
-            value = value[active.lanes]
+        value = active.own(fetch(batch, active))
         if value.dtype.itemsize == dtype.itemsize:
             return value.view(dtype)
         return value.astype(f"u{value.dtype.itemsize}").astype(f"u{dtype.itemsize}").view(dtype)

@@ -65,7 +65,7 @@ def compile_copy(program: Program, instruction: Instruction) -> Step:
     unit = np.dtype("u4")
 
     def copy(batch: Batch, active: Active) -> None:
-        limit = None if used is None else np.asarray(active_values(batch, active, used))
+        limit = None if used is None else np.asarray(active.own(used(batch, active)))
         if limit is not None and (limit == 0).all():
             data = np.zeros((active.threads, nbytes // 4), np.uint32)
         else:
@@ -82,13 +82,6 @@ def compile_copy(program: Program, instruction: Instruction) -> Step:
         )
 
     return copy
-
-
-def active_values(batch: Batch, active: Active, fetch) -> np.ndarray:  # type: ignore[no-untyped-def]
-    value = fetch(batch, active)
-    if isinstance(value, np.ndarray) and not active.sparse and active.lanes is not None:
-        return value[active.lanes]
-    return value
 
 
 def _commit(batch: Batch, active: Active) -> None:

@@ -69,15 +69,15 @@ class Barriers:
         operands = list(instruction.operands)
         if instruction.has("red"):
             operands = operands[1:]
-        number = self._values(operands[0], active, lanes)
+        number = self._values(operands[0], active)
         count_given = len(operands) > 1 and not (instruction.has("red") and len(operands) == 2)
-        wanted = self._values(operands[1], active, lanes) if count_given else ALL_THREADS
+        wanted = self._values(operands[1], active) if count_given else ALL_THREADS
         if instruction.has("arrive"):
             np.add.at(self.arrived, (batch.block_slot[lanes], number), 1)
             batch.pc[lanes] = resume
             return
         if instruction.has("red"):
-            self.value[lanes] = self._values(operands[-1], active, lanes)
+            self.value[lanes] = self._values(operands[-1], active)
         from llmcourse.vgpu.machine import PARKED
 
         self.resume[lanes] = resume
@@ -86,12 +86,9 @@ class Barriers:
         self.site[lanes] = self._site(instruction)
         batch.pc[lanes] = PARKED
 
-    def _values(self, operand: object, active: Active, lanes: np.ndarray) -> np.ndarray:
+    def _values(self, operand: object, active: Active) -> np.ndarray:
         assert isinstance(operand, Register | Immediate) or hasattr(operand, "register")
-        value = self.batch.program.fetch(operand)(self.batch, active)  # type: ignore[arg-type]
-        if not isinstance(value, np.ndarray):
-            return np.full(len(lanes), value)
-        return value if active.sparse else value[lanes]
+        return active.own_each(self.batch.program.fetch(operand)(self.batch, active))  # type: ignore[arg-type]
 
     def _site(self, instruction: Instruction) -> int:
         for i, known in enumerate(self.sites):
@@ -216,7 +213,7 @@ class Barriers:
         batch = self.batch
         lanes = np.flatnonzero(active.mask)
         mask = np.zeros(batch.count, np.uint32)
-        mask[lanes] = self._values(instruction.operands[0], active, lanes)
+        mask[lanes] = self._values(instruction.operands[0], active)
         bits = np.uint32(1) << np.arange(WARP_SIZE, dtype=np.uint32)
         wanted = np.bitwise_or.reduce(mask.reshape(-1, WARP_SIZE), axis=1)[:, None] & bits != 0
         missing = wanted & batch.live.reshape(-1, WARP_SIZE) & ~active.by_warp()

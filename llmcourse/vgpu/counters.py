@@ -57,9 +57,6 @@ NAMES: tuple[str, ...] = (
     "flops_tensor",
 )
 
-NOT_BY_LINE = ("global_load_unique_bytes", "global_store_unique_bytes")
-"""Counted for the launch only: several lines may touch the same sector."""
-
 
 class Counters:
     """The counts of one launch.

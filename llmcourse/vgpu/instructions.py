@@ -17,10 +17,7 @@ from llmcourse.vgpu.isa import (
     DTYPES,
     WARP_SIZE,
     Instruction,
-    Pair,
-    Register,
     SourceLine,
-    Vector,
 )
 from llmcourse.vgpu.lanes import Active, active_lanes, scattered, written
 from llmcourse.vgpu.printing import compile_call
@@ -102,11 +99,7 @@ def _guarded(program: Program, instruction: Instruction, step: Step) -> Step:
             if holds:
                 step(batch, active)
             return
-        if active.sparse:
-            full = np.zeros(batch.count, bool)
-            full[active.lanes] = holds
-            holds = full
-        some = active_lanes(active.mask & holds, batch.all_live.threads)
+        some = active_lanes(active.mask & active.spread(holds), batch.all_live.threads)
         if some.threads:
             step(batch, some)
 
@@ -245,14 +238,3 @@ def _warp_step(program: Program, instruction: Instruction, operation: WarpOp) ->
 def _everyone(active: Active) -> Active:
     """The same lanes, fetched as whole registers."""
     return active if not active.sparse else Active(active.mask, None, True, active.warps, active.threads)
-
-
-def registers_of(operand: object) -> list[Register | None]:
-    """The registers of a destination: one, a pair's or a vector's."""
-    if isinstance(operand, Register):
-        return [operand]
-    if isinstance(operand, Pair):
-        return [operand.first, operand.second]
-    if isinstance(operand, Vector):
-        return [p if isinstance(p, Register) else None for p in operand.parts]
-    raise AssertionError(operand)

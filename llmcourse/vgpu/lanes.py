@@ -38,11 +38,27 @@ class Active:
     def sparse(self) -> bool:
         return self.lanes is not None and not self.whole and self.threads * SPARSE < len(self.mask)
 
-    def take(self, value: np.ndarray) -> np.ndarray:
-        """The active lanes' elements of a register; a scalar is spread out."""
-        if not isinstance(value, np.ndarray):
-            return np.full(self.threads, value)
-        return value if self.lanes is None else value[self.lanes]
+    def own(self, value: np.ndarray) -> np.ndarray:
+        """The active lanes' elements of a fetched value (which holds just these where few are active).
+
+        A scalar stays one.
+        """
+        if self.sparse or self.lanes is None or not isinstance(value, np.ndarray):
+            return value
+        return value[self.lanes]
+
+    def own_each(self, value: np.ndarray) -> np.ndarray:
+        """The same with one element for each active lane, a scalar's too."""
+        own = self.own(value)
+        return own if isinstance(own, np.ndarray) else np.full(self.threads, own)
+
+    def spread(self, holds: np.ndarray) -> np.ndarray:
+        """A fetched condition over all lanes of the batch; a scalar stays one."""
+        if not (self.sparse and isinstance(holds, np.ndarray)):
+            return holds
+        out = np.zeros(len(self.mask), bool)
+        out[self.lanes] = holds
+        return out
 
     def warps_taking_part(self) -> np.ndarray:
         """bool [warps with an active lane, 32]"""

@@ -568,10 +568,7 @@ class Batch:
             if not isinstance(taken, np.ndarray):
                 self._go(active, block.taken[0] if taken else block.next)
                 return
-            if active.sparse:
-                full = np.zeros(self.count, bool)
-                full[active.lanes] = taken
-                taken = full
+            taken = active.spread(taken)
             yes = active.mask & taken
             number = int(np.count_nonzero(yes))
             if number == active.threads:
@@ -632,11 +629,7 @@ class Batch:
         block, end = self.program.blocks[index], self.program.ends[index]
         leaving = active.mask
         if end.guard is not None:
-            holds = self.program.guards[index](self, active)  # type: ignore[misc]
-            if active.sparse and isinstance(holds, np.ndarray):
-                full = np.zeros(self.count, bool)
-                full[active.lanes] = holds
-                holds = full
+            holds = active.spread(self.program.guards[index](self, active))  # type: ignore[misc]
             leaving = active.mask & (np.logical_not(holds) if end.guard.negated else holds)
         self._split()
         self.since_meeting = 0

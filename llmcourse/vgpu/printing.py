@@ -27,7 +27,7 @@ def compile_call(program: Program, instruction: Instruction) -> Step | None:
         fetches = [program.fetch(operand, np.dtype("u8")) for operand in instruction.operands]
 
         def show(batch: Batch, active: Active) -> None:
-            texts, buffers = (active_only(batch, active, fetch) for fetch in fetches)
+            texts, buffers = (active.own_each(fetch(batch, active)) for fetch in fetches)
             lanes = np.flatnonzero(active.mask)
             used = sum(map(len, batch.launch.printed))
             for lane, text, buffer in zip(lanes, texts, buffers, strict=True):
@@ -43,7 +43,7 @@ def compile_call(program: Program, instruction: Instruction) -> Step | None:
 
         def fail(batch: Batch, active: Active) -> None:
             lane = int(np.flatnonzero(active.mask)[0])
-            message = batch.memory.text(int(active_only(batch, active, fetches[0])[0])).decode(
+            message = batch.memory.text(int(active.own_each(fetches[0](batch, active))[0])).decode(
                 errors="replace"
             )
             raise batch.fault(
@@ -57,13 +57,6 @@ def compile_call(program: Program, instruction: Instruction) -> Step | None:
 
         return fail
     return None
-
-
-def active_only(batch: Batch, active: Active, fetch) -> np.ndarray:  # type: ignore[no-untyped-def]
-    value = fetch(batch, active)
-    if not isinstance(value, np.ndarray):
-        return np.full(active.threads, value)
-    return value if active.sparse or active.lanes is None else value[active.lanes]
 
 
 def formatted(batch: Batch, template: bytes, lane: int, buffer: int) -> str:
