@@ -97,15 +97,15 @@ def to_transformers(model: Any) -> Any:
     state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
     for i, block in enumerate(model.blocks):
         at = f"model.layers.{i}."
-        q, k, v = block.attention.qkv.weight.split(block.attention.sizes)
+        q, k, v = block.mixer.qkv.weight.split(block.mixer.sizes)
         gate, up = block.mlp.gate_up.weight.chunk(2)
         state |= {
-            f"{at}input_layernorm.weight": block.attention_norm.weight,
+            f"{at}input_layernorm.weight": block.mixer_norm.weight,
             f"{at}post_attention_layernorm.weight": block.mlp_norm.weight,
             f"{at}self_attn.q_proj.weight": q,
             f"{at}self_attn.k_proj.weight": k,
             f"{at}self_attn.v_proj.weight": v,
-            f"{at}self_attn.o_proj.weight": block.attention.out.weight,
+            f"{at}self_attn.o_proj.weight": block.mixer.out.weight,
             f"{at}mlp.gate_proj.weight": gate,
             f"{at}mlp.up_proj.weight": up,
             f"{at}mlp.down_proj.weight": block.mlp.down.weight,

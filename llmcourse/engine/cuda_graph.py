@@ -32,6 +32,7 @@ class GraphDecoder:
         self.tokens = torch.zeros(cache.batch, 1, dtype=torch.long, device=model.device)
         self.positions = torch.zeros(cache.batch, dtype=torch.long, device=model.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._recurrent = [state for state in cache.layers if state.recurrent]
         # A table that grew later would move, and the graphs would read the old one.
         model.rope.grow(cache.max_len)
 
@@ -49,7 +50,11 @@ class GraphDecoder:
         return logits
 
     def capture(self, span: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record one step that looks at `span` keys. It writes only where the replay writes again."""
+        """Record one step that looks at `span` keys.
+
+        It writes only where the replay writes again; states that every step changes are set back.
+        """
+        before = [[t.clone() for t in state.tensors.values()] for state in self._recurrent]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # lazy initialisation must happen before the capture
@@ -59,6 +64,9 @@ class GraphDecoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self.step(span)
+        for state, saved in zip(self._recurrent, before, strict=True):
+            for tensor, kept in zip(state.tensors.values(), saved, strict=True):
+                tensor.copy_(kept)
         return graph, logits
 
     def step(self, span: int) -> Tensor:

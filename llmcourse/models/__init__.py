@@ -5,8 +5,19 @@ logits = model(torch.tensor([tokenizer.encode("The capital of France is")]))
 """
 
 from llmcourse.models.cache import KVCache
-from llmcourse.models.config import ModelConfig, RopeScaling
+from llmcourse.models.config import ModelConfig
 from llmcourse.models.loading import load, random_model
+from llmcourse.models.sizes import HyenaSizes, LatentSizes, RopeScaling, SSMSizes
 from llmcourse.models.transformer import Transformer
 
-__all__ = ["KVCache", "ModelConfig", "RopeScaling", "Transformer", "load", "random_model"]
+__all__ = [
+    "HyenaSizes",
+    "KVCache",
+    "LatentSizes",
+    "ModelConfig",
+    "RopeScaling",
+    "SSMSizes",
+    "Transformer",
+    "load",
+    "random_model",
+]

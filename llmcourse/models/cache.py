@@ -2,23 +2,62 @@
 
 Attention at position p needs the keys and values of positions 0 … p. They never change, so they are
 computed once and kept: 2·L·Hkv·D numbers a token. Without the cache, every new token would run the
-whole prefix through the model again.
+whole prefix through the model again. Layers that are not attention keep something else, or less.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor
 
 from llmcourse.errors import ShapeError
 from llmcourse.models.config import ModelConfig
+from llmcourse.models.state import State
+from llmcourse.models.step import Step
 
 
-class KVCache:
-    """Room for `max_len` tokens of each of `batch` sequences, contiguous and reserved up front.
+class KVState(State):
+    """Keys and values of every token, contiguous, reserved up front: k, v [B, Hkv, T, D]."""
 
-    k, v      [L, B, Hkv, T, D]
-    lengths   tokens held for each sequence, a list of B integers
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch, config.n_kv_heads, max_len, config.head_dim)
+        # Zeros, not empty: masked positions are multiplied by zero weights, and 0 × NaN is NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    def extend(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Step]:
+        """Store the keys and values [B, Hkv, S, D] of a pass; return all that it looks at, and how."""
+        if step.start is None:
+            return self._scatter(k, step, self.k), self._scatter(v, step, self.v), step
+        end = step.start + k.shape[2]
+        self.k[:, :, step.start : end] = k
+        self.v[:, :, step.start : end] = v
+        return self.k[:, :, :end], self.v[:, :, :end], step
+
+    def _scatter(self, new: Tensor, step: Step, held: Tensor) -> Tensor:
+        """Store one token [B, Hkv, 1, D] a sequence at its own position; return `span` tokens.
+
+        Nothing here depends on a value on the host, so a CUDA graph can capture it.
+        """
+        held.scatter_(2, step.positions.view(-1, 1, 1, 1).expand_as(new), new)
+        return held[:, :, : step.span]
+
+
+class RollingState(State):
+    """Keys and values of the window and of the sinks only: memory that stops growing.
+
+    k, v [B, Hkv, sinks + window, D]. Position p of the first `sinks` lies in slot p; a later one in slot
+    sinks + (p − sinks) mod window, where it replaces the position that has just left the window.
     """
 
     def __init__(
@@ -30,30 +69,94 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        # Zeros, not empty: masked positions are multiplied by zero weights, and 0 × NaN is NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.window, self.sinks = config.window, config.sinks
+        slots = min(self.window + self.sinks, max_len)
+        self.k = torch.zeros((batch, config.n_kv_heads, slots, config.head_dim), dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
+
+    def extend(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Step]:
+        """Store the keys and values [B, Hkv, S, D] of a pass; return all that it looks at, and how."""
+        if k.shape[2] == 1:  # the slot it overwrites has left its window
+            index = self.slot(step.positions).view(-1, 1, 1, 1).expand_as(k)
+            self.k.scatter_(2, index, k)
+            self.v.scatter_(2, index, v)
+            held = self.positions_held(step.positions + 1)
+            return self.k, self.v, step.windowed(self.window, self.sinks, held)
+        # Several tokens: the first of them still see what the last ones overwrite.
+        keys, values, positions = k, v, step.position_ids
+        if step.start != 0:
+            held = self.positions_held(step.positions)
+            keys, values = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+            positions = torch.cat((held, positions), dim=1)
+        self._keep(k, v, step.position_ids[0])
+        return keys, values, step.windowed(self.window, self.sinks, positions)
+
+    def slot(self, positions: Tensor) -> Tensor:
+        """Where the token at each position is kept."""
+        ring = self.sinks + (positions - self.sinks) % self.window
+        return torch.where(positions < self.sinks, positions, ring)
+
+    def positions_held(self, lengths: Tensor) -> Tensor:
+        """The position in each slot once `lengths` [B] tokens were read, [B, slots]; negative: empty."""
+        slots = torch.arange(self.k.shape[2], device=lengths.device)
+        newest = lengths[:, None] - 1
+        ring = newest - (newest - slots) % self.window
+        ring = torch.where(ring >= self.sinks, ring, -1)
+        first = torch.where(slots <= newest, slots, -1)
+        return torch.where(slots < self.sinks, first, ring)
+
+    def _keep(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Store the tokens at positions [S], except those that have left the window already."""
+        kept = (positions < self.sinks) | (positions > positions[-1] - self.window)
+        slots = self.slot(positions[kept])
+        self.k[:, :, slots] = k[:, :, kept]
+        self.v[:, :, slots] = v[:, :, kept]
+
+
+class KVCache:
+    """What a model's layers keep of `batch` sequences of up to `max_len` tokens.
+
+    layers    one `State` a layer
+    lengths   tokens read of each sequence, a list of B integers
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        from llmcourse.models.mixers import MIXERS
+
+        self.layers: list[State] = [
+            MIXERS[kind].state(config, batch, max_len, dtype=dtype, device=device) for kind in config.kinds
+        ]
+        self.max_len = max_len
         self.lengths = [0] * batch
 
     @property
     def batch(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def max_len(self) -> int:
-        return self.k.shape[3]
+        return len(self.lengths)
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(state.nbytes for state in self.layers)
 
     def row(self, index: int) -> KVCache:
         """Sequence `index` alone, sharing this cache's memory (its `lengths` is a copy)."""
-        view = object.__new__(KVCache)
-        view.k, view.v = self.k[:, index : index + 1], self.v[:, index : index + 1]
+        view = copy.copy(self)
+        view.layers = [state.row(index) for state in self.layers]
         view.lengths = [self.lengths[index]]
         return view
+
+    def reset(self) -> None:
+        """Forget all sequences, keeping the memory."""
+        for state in self.layers:
+            state.reset()
+        self.lengths = [0] * self.batch
 
     def require(self, new: int) -> None:
         """Check that every sequence has room for `new` more tokens."""
@@ -64,22 +167,3 @@ class KVCache:
                 "This cache reserves its memory up front and does not grow.",
                 f"max_len = {longest + new} or more, or a shorter prompt.",
             )
-
-    def write(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, Hkv, S, D] at `start` for all sequences; return all keys and values so far."""
-        end = start + k.shape[2]
-        self.k[layer, :, :, start:end] = k
-        self.v[layer, :, :, start:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def scatter(
-        self, layer: int, k: Tensor, v: Tensor, positions: Tensor, span: int
-    ) -> tuple[Tensor, Tensor]:
-        """Store one token k, v [B, Hkv, 1, D] per sequence at its own position [B]; return `span` tokens.
-
-        Nothing here depends on a value on the host, so a CUDA graph can capture it.
-        """
-        index = positions.view(-1, 1, 1, 1).expand_as(k)
-        self.k[layer].scatter_(2, index, k)
-        self.v[layer].scatter_(2, index, v)
-        return self.k[layer, :, :, :span], self.v[layer, :, :, :span]

@@ -1,33 +1,38 @@
-"""The numbers that define a decoder-only model, under one set of names for every family."""
+"""The numbers that define a transformer, under one set of names for every family.
+
+A configuration names the kind of every layer's *sequence mixer*, the part of a block through which tokens
+see each other. Attention, sliding-window and latent attention, linear attention, selective state spaces and
+long convolutions are such kinds; everything else of a model is the same for all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from llmcourse.errors import ModelError, ShapeError
+from llmcourse.errors import ShapeError
+from llmcourse.models.sizes import HyenaSizes, LatentSizes, RopeScaling, SSMSizes
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for long contexts: `linear` or Llama 3's smooth band."""
-
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_len: int = 8192
+KINDS = ("attention", "window", "latent", "linear", "ssm", "hyena")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-family decoder. Lengths in tokens, widths in features.
+    """A stack of blocks. Lengths in tokens, widths in features.
 
-    vocab_size V, d_model E, n_layers L, n_heads Hq, n_kv_heads Hkv (divides Hq), head_dim D,
-    d_ff F; `qkv_bias` is Qwen2's, `qk_norm` (an RMSNorm on each query and key head) Qwen3's.
+    vocab_size V, d_model E, n_layers L, n_heads Hq, n_kv_heads Hkv (divides Hq), head_dim D, d_ff F (0: no
+    feed-forward part)
+
+    layers       the kind of each layer (see KINDS); empty: "attention" in all of them
+    window       tokens that a "window" layer sees, the current one included
+    sinks        first tokens of the sequence that a "window" layer sees for ever
+    latent, ssm, hyena    sizes of the layers of that kind
+    norm         rms (RMSNorm) or layer (LayerNorm);  post_norm: norms after the residual sums, as in 2017
+    mlp          swiglu, gelu or relu
+    position     rope, learned, sinusoidal or none
+    bias         biases on all projections;  qkv_bias: on Q, K and V alone (Qwen2)
+    qk_norm      an RMSNorm on each query and key head (Qwen3)
     """
 
     vocab_size: int
@@ -39,13 +44,24 @@ class ModelConfig:
     d_ff: int
     max_len: int = 2048
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling = RopeScaling()
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
     eos_ids: tuple[int, ...] = ()
     name: str = "model"
+    layers: tuple[str, ...] = ()
+    window: int = 0
+    sinks: int = 0
+    latent: LatentSizes | None = None
+    ssm: SSMSizes = field(default_factory=SSMSizes)
+    hyena: HyenaSizes = field(default_factory=HyenaSizes)
+    norm: Literal["rms", "layer"] = "rms"
+    post_norm: bool = False
+    mlp: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -56,127 +72,94 @@ class ModelConfig:
                 "Grouped-query attention gives each key/value head the same number of query heads.",
                 f"n_kv_heads = one of {fits}.",
             )
-        if self.head_dim % 2:
+        if self.position == "rope" and self.rope_dim % 2:
             raise ShapeError(
-                f"head_dim = {self.head_dim} is odd.",
+                f"{'rope_dim' if self.latent else 'head_dim'} = {self.rope_dim} is odd.",
                 "Rotary position embedding turns the features of a head in pairs.",
-                f"head_dim = {self.head_dim + 1}.",
+                f"{self.rope_dim + 1}.",
+            )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if self.layers and len(self.layers) != self.n_layers:
+            raise ShapeError(
+                f"{len(self.layers)} kinds of layers came for {self.n_layers} layers.",
+                "`layers` names the sequence mixer of each layer in order.",
+                f"layers = {self.layers[:1]!r} * {self.n_layers}, or none for attention everywhere.",
+            )
+        if unknown := [kind for kind in self.layers if kind not in KINDS]:
+            raise ShapeError(
+                f"a layer cannot be {unknown[0]!r}.",
+                f"The sequence mixers are {', '.join(KINDS)}.",
+                "one of these names.",
+            )
+        if "window" in self.layers and self.window < 1:
+            raise ShapeError(
+                f"a sliding window of {self.window} tokens shows a token not even itself.",
+                "A window counts the current token.",
+                "window = 1 or more.",
+            )
+        if "latent" in self.layers and self.latent is None:
+            raise ShapeError(
+                "latent layers came without their sizes.",
+                "Their ranks and head widths are not those of the other attention layers.",
+                "latent = LatentSizes(q_rank, kv_rank, nope_dim, rope_dim, v_dim).",
+            )
+        others = {"attention", "window", "linear"} & set(self.kinds)
+        if self.latent and others and self.position == "rope" and self.latent.rope_dim != self.head_dim:
+            raise ShapeError(
+                f"latent layers turn {self.latent.rope_dim} features, {min(others)} layers {self.head_dim}.",
+                "All layers of a model share one rotary table.",
+                f"head_dim = {self.latent.rope_dim}, or one kind of layer.",
             )
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each of the L layers."""
+        return self.layers or ("attention",) * self.n_layers
+
+    @property
+    def rope_dim(self) -> int:
+        """Features of a head that are turned by their position."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
     def n_params(self) -> int:
-        """Parameters, counted from the shapes (a test holds it equal to the module's own count)."""
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        attention = self.d_model * (q + 2 * kv) + q * self.d_model
-        attention += (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        block = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        """Parameters, counted from the shapes (tests hold it equal to the modules' own count)."""
+        from llmcourse.models.mixers import MIXERS
+
+        norm = self.d_model * (2 if self.norm == "layer" else 1)
+        up = 2 if self.mlp == "swiglu" else 1
+        mlp = (up + 1) * self.d_model * self.d_ff + self.bias * (up * self.d_ff + self.d_model)
+        block = norm + (norm + mlp if self.d_ff else 0)
+        mixers = sum(MIXERS[kind].n_params(self) for kind in self.kinds)
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        return embeddings + self.n_layers * block + self.d_model
+        embeddings += self.max_len * self.d_model * (self.position == "learned")
+        return embeddings + self.n_layers * block + mixers + norm * (not self.post_norm)
+
+    def cache_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """Bytes that all layers together keep of a sequence of `tokens`, at `itemsize` bytes a number."""
+        from llmcourse.models.mixers import MIXERS
+
+        return sum(MIXERS[kind].cache_bytes(self, tokens, itemsize) for kind in self.kinds)
 
     def kv_bytes_per_token(self, itemsize: int = 2) -> int:
-        """Bytes of KV cache that one token of one sequence takes: 2·L·Hkv·D·itemsize."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
+        """Bytes by which the cache grows with a token, no window being full; 2·L·Hkv·D·itemsize for GQA."""
+        return self.cache_bytes(1, itemsize) - self.cache_bytes(0, itemsize)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """From the `config.json` of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+        """From the `config.json` of a Llama, Mistral, Qwen2, Qwen3 or (dense) DeepSeek-V3 checkpoint.
 
-        Raises ModelError for another family, or for a feature (sliding window, an unknown RoPE
-        scaling, an activation other than SiLU) that these blocks would silently compute wrongly.
+        Raises ModelError for another family, or a feature that these blocks would silently compute wrongly.
         """
-        family = str(hf.get("model_type", "unknown"))
-        if family not in FAMILIES:
-            raise ModelError(
-                f"model_type {family!r} is not one of {', '.join(FAMILIES)}.",
-                "Other families order their layers differently, so the result would be wrong text.",
-                "a checkpoint of one of these families, e.g. SmolLM2, Llama 3.2 or Qwen3.",
-            )
-        if (window := hf.get("sliding_window")) and (family == "mistral" or hf.get("use_sliding_window")):
-            raise _unsupported("sliding_window", window, "attention here looks at the whole prefix")
-        if (act := hf.get("hidden_act", "silu")) != "silu":
-            raise _unsupported("hidden_act", act, "the feed-forward block here is SwiGLU, with SiLU")
-        if hf.get("mlp_bias") or (family != "qwen2" and hf.get("attention_bias")):
-            raise _unsupported("attention_bias/mlp_bias", True, "these blocks keep no such bias")
-        try:
-            heads, width = hf["num_attention_heads"], hf["hidden_size"]
-            eos = hf.get("eos_token_id")
-            return cls(
-                vocab_size=hf["vocab_size"],
-                d_model=width,
-                n_layers=hf["num_hidden_layers"],
-                n_heads=heads,
-                n_kv_heads=hf.get("num_key_value_heads") or heads,
-                head_dim=hf.get("head_dim") or width // heads,
-                d_ff=hf["intermediate_size"],
-                max_len=hf.get("max_position_embeddings", 2048),
-                rope_theta=_rope(hf).get("rope_theta", hf.get("rope_theta", 10_000.0)),
-                rope_scaling=_rope_scaling(_rope(hf)),
-                norm_eps=hf.get("rms_norm_eps", 1e-6),
-                tie_embeddings=hf.get("tie_word_embeddings", False),
-                qkv_bias=family == "qwen2",
-                qk_norm=family == "qwen3",
-                eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-                name=str(hf.get("_name_or_path") or family),
-            )
-        except KeyError as missing:
-            raise ModelError(
-                f"config.json has no {missing}.",
-                "The sizes of the layers cannot be guessed.",
-                "a complete checkpoint folder as `save_pretrained` writes it.",
-            ) from missing
+        from llmcourse.models.hf_config import from_hf
+
+        return from_hf(hf)
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """From GGUF metadata of architecture `llama` (SmolLM2 and Llama are stored under it)."""
-        if (arch := fields.get("general.architecture")) != "llama":
-            raise ModelError(
-                f"GGUF architecture {arch!r} is not read here.",
-                "Only the layout of architecture 'llama' is known to this loader.",
-                "a Llama-architecture GGUF, or the safetensors folder of the same model.",
-            )
-        heads = fields["llama.attention.head_count"]
-        width = fields["llama.embedding_length"]
-        return cls(
-            vocab_size=fields.get("llama.vocab_size") or len(fields["tokenizer.ggml.tokens"]),
-            d_model=width,
-            n_layers=fields["llama.block_count"],
-            n_heads=heads,
-            n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_dim=fields.get("llama.rope.dimension_count", width // heads),
-            d_ff=fields["llama.feed_forward_length"],
-            max_len=fields["llama.context_length"],
-            rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
-            norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-            eos_ids=(fields["tokenizer.ggml.eos_token_id"],),
-            name=str(fields.get("general.name", "model")),
-        )
+        from llmcourse.models.gguf_file import config_from
 
-
-def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`rope_parameters` (transformers 5) or `rope_scaling` (transformers 4), or nothing."""
-    return hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return RopeScaling()
-    if kind == "linear":
-        return RopeScaling("linear", factor=rope["factor"])
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_len=rope["original_max_position_embeddings"],
-        )
-    raise _unsupported("rope_type", kind, "the positions would be encoded wrongly")
-
-
-def _unsupported(field: str, value: object, reason: str) -> ModelError:
-    return ModelError(
-        f"config.json asks for {field} = {value!r}, which these blocks do not compute.",
-        f"Loading it all the same would give wrong text: {reason}.",
-        "a checkpoint without it.",
-    )
+        return config_from(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from llmcourse.errors import ModelError
 from llmcourse.models.config import ModelConfig
+from llmcourse.models.rope import half_split
 
 NAMES = {
     "token_embd": "embedding",
     "output_norm": "norm",
     "output": "head",
-    "attn_norm": "attention_norm",
-    "attn_output": "attention.out",
+    "attn_norm": "mixer_norm",
+    "attn_output": "mixer.out",
     "ffn_norm": "mlp_norm",
     "ffn_down": "mlp.down",
 }
@@ -43,8 +45,34 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any
             "The file is truncated, altered, of another format or in a quantisation this reader lacks.",
             "downloading it again (`llmcourse assets fetch` for the course's own model).",
         ) from error
-    config = ModelConfig.from_gguf(fields)
+    config = config_from(fields)
     return config, rename(config, tensors), fields
+
+
+def config_from(fields: Mapping[str, Any]) -> ModelConfig:
+    """Sizes from GGUF metadata of architecture `llama`."""
+    if (arch := fields.get("general.architecture")) != "llama":
+        raise ModelError(
+            f"GGUF architecture {arch!r} is not read here.",
+            "Only the layout of architecture 'llama' is known to this loader.",
+            "a Llama-architecture GGUF, or the safetensors folder of the same model.",
+        )
+    heads = fields["llama.attention.head_count"]
+    width = fields["llama.embedding_length"]
+    return ModelConfig(
+        vocab_size=fields.get("llama.vocab_size") or len(fields["tokenizer.ggml.tokens"]),
+        d_model=width,
+        n_layers=fields["llama.block_count"],
+        n_heads=heads,
+        n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
+        head_dim=fields.get("llama.rope.dimension_count", width // heads),
+        d_ff=fields["llama.feed_forward_length"],
+        max_len=fields["llama.context_length"],
+        rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
+        norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+        eos_ids=(fields["tokenizer.ggml.eos_token_id"],),
+        name=str(fields.get("general.name", "model")),
+    )
 
 
 def rename(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,12 +91,6 @@ def rename(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]
             tensors[f"blk.{i}.{n}.weight"] for n in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
         )
         q, k = half_split(q, config.n_heads), half_split(k, config.n_kv_heads)
-        state[f"blocks.{i}.attention.qkv.weight"] = torch.cat((q, k, v))
+        state[f"blocks.{i}.mixer.qkv.weight"] = torch.cat((q, k, v))
         state[f"blocks.{i}.mlp.gate_up.weight"] = torch.cat((gate, up))
     return state
-
-
-def half_split(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows of [H·D, E] from rotary pairs (2i, 2i+1), as GGUF keeps them, to pairs (i, i + D/2)."""
-    rows, width = weight.shape
-    return weight.view(n_heads, rows // n_heads // 2, 2, width).transpose(1, 2).reshape(rows, width)

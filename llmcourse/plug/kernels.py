@@ -15,11 +15,14 @@ from llmcourse.plug.point import LearnersCode, Point, kind, register
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmcourse.models.cache import KVCache
+    from llmcourse.models.block import Block
     from llmcourse.models.linear import Linear
-    from llmcourse.models.transformer import MLP, Block, RMSNorm, Step
+    from llmcourse.models.mlp import MLP
+    from llmcourse.models.norm import RMSNorm
+    from llmcourse.models.state import State
+    from llmcourse.models.step import Step
 
-MODEL = "llmcourse.models.transformer"
+MODELS = "llmcourse.models"
 
 
 def tensor(code: LearnersCode, value: Any, like: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
@@ -57,14 +60,14 @@ def swiglu(code: LearnersCode) -> Callable[[MLP, Tensor], Tensor]:
     return forward
 
 
-def softmax(code: LearnersCode) -> Callable[[Tensor, Tensor, Tensor, Step], Tensor]:
-    def attend(q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+def softmax(code: LearnersCode) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float | None = None) -> Tensor:
         """Attention in three steps: scores [B, Hq, S, T], their softmax, and the weighted sum of values."""
         import torch
 
         shared = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
         seen = step.mask
         if step.causal:
             seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -86,8 +89,8 @@ def rms_norm(code: LearnersCode) -> Callable[[RMSNorm, Tensor], Tensor]:
 
 
 def add_rms_norm(code: LearnersCode) -> Callable[..., Tensor]:
-    def forward(self: Block, x: Tensor, step: Step, cache: KVCache | None, layer: int) -> Tensor:
-        attended = rows(self.attention(self.attention_norm(x), step, cache, layer))
+    def forward(self: Block, x: Tensor, step: Step, state: State | None) -> Tensor:
+        attended = rows(self.mixer(self.mixer_norm(x), step, state))
         norm = self.mlp_norm
         results = code(attended, rows(x), norm.weight.detach(), norm.eps)
         h, y = (
@@ -115,7 +118,7 @@ for _point in (
         ("gate", "up"),
         "tensor",
         "gate / (1 + exp(−gate)) · up, of two contiguous tensors [M, N].",
-        (f"{MODEL}:MLP.forward",),
+        (f"{MODELS}.mlp:MLP.forward",),
         swiglu,
     ),
     Point(
@@ -123,7 +126,7 @@ for _point in (
         ("x",),
         "tensor",
         "Softmax of the rows of x [M, N]: of attention's scores, −inf where a query may not look.",
-        (f"{MODEL}:attend",),
+        (f"{MODELS}.attention:attend",),
         softmax,
     ),
     Point(
@@ -131,7 +134,7 @@ for _point in (
         ("x", "weight", "eps"),
         "tensor",
         "RMSNorm of the rows of x [M, N], scaled by weight [N].",
-        (f"{MODEL}:RMSNorm.forward",),
+        (f"{MODELS}.norm:RMSNorm.forward",),
         rms_norm,
     ),
     Point(
@@ -139,7 +142,7 @@ for _point in (
         ("x", "residual", "weight", "eps"),
         "(h, y)",
         "h = x + residual and y = rms_norm(h), of rows [M, N].",
-        (f"{MODEL}:Block.forward",),
+        (f"{MODELS}.block:Block.forward",),
         add_rms_norm,
     ),
     Point(
