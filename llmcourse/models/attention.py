@@ -32,7 +32,7 @@ class Attention(nn.Module):
     `fused` runs them as one matrix product; otherwise as three, on slices of the same weight.
     """
 
-    state = KVState
+    state: type[KVState | RollingState] = KVState
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -22,8 +22,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = norm(config)
         self.mixer: nn.Module = MIXERS[kind](config)
-        self.mlp_norm = norm(config) if config.d_ff else None
-        self.mlp = mlp(config) if config.d_ff else None
+        self.mlp_norm: nn.Module | None = norm(config) if config.d_ff else None
+        self.mlp: nn.Module | None = mlp(config) if config.d_ff else None
         self.post_norm = config.post_norm
 
     def forward(self, x: Tensor, step: Step, state: State | None) -> Tensor:

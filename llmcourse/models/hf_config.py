@@ -32,8 +32,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     try:
         heads, width, depth = hf["num_attention_heads"], hf["hidden_size"], hf["num_hidden_layers"]
         rope = _rope(hf)
-        latent = _latent(hf) if family == "deepseek_v3" else None
         layers, window = _layers(family, hf, depth)
+        latent = _latent(hf) if family == "deepseek_v3" else None
         eos = hf.get("eos_token_id")
         return ModelConfig(
             vocab_size=hf["vocab_size"],

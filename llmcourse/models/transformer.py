@@ -55,7 +55,7 @@ class Transformer(nn.Module):
         """Run Q/K/V, and gate/up, as one matrix product each (on) or apart (off). Same weights."""
         for module in self.modules():
             if hasattr(module, "fused"):
-                module.fused = on
+                module.fused = on  # type: ignore[assignment]
         return self
 
     def pack(self, on: bool = True) -> Transformer:

@@ -8,7 +8,7 @@ need `llmcourse.kernels.counters.interpreting` around them, or `device.gpu_or_in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmcourse.plug.point import LearnersCode, Point, kind, register
 
@@ -91,13 +91,13 @@ def rms_norm(code: LearnersCode) -> Callable[[RMSNorm, Tensor], Tensor]:
 def add_rms_norm(code: LearnersCode) -> Callable[..., Tensor]:
     def forward(self: Block, x: Tensor, step: Step, state: State | None) -> Tensor:
         attended = rows(self.mixer(self.mixer_norm(x), step, state))
-        norm = self.mlp_norm
+        norm, mlp = cast("RMSNorm", self.mlp_norm), cast("MLP", self.mlp)
         results = code(attended, rows(x), norm.weight.detach(), norm.eps)
         h, y = (
             tensor(code, part, attended, attended.shape, name)
             for name, part in zip(("h", "y"), code.parts(results, ("h", "y")), strict=True)
         )
-        return h.view(x.shape) + self.mlp(y.view(x.shape))
+        return h.view(x.shape) + mlp(y.view(x.shape))
 
     return forward
 

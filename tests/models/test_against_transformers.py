@@ -95,6 +95,23 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16.0,
+}
+LATENT = {
+    "q_lora_rank": 20,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 10,
+    "head_dim": 10,  # what transformers turns by position
+    "v_head_dim": 9,
+    "num_key_value_heads": 6,
+    "first_k_dense_replace": 3,
+}
 CHECKPOINTS = {
     "Llama": ("Llama", {}),
     "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
@@ -103,7 +120,21 @@ CHECKPOINTS = {
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
+    "Llama, YaRN": ("Llama", {"rope_parameters": YARN}),
+    "Llama, YaRN, factor given": ("Llama", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
     "Mistral": ("Mistral", {"sliding_window": None}),
+    "Mistral, window of 11": ("Mistral", {"sliding_window": 11}),
+    "Qwen2, windows in the last layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "DeepSeek-V3": ("DeepseekV3", LATENT),
+    "DeepSeek-V3, full-rank queries": ("DeepseekV3", LATENT | {"q_lora_rank": None}),
+    "DeepSeek-V3, YaRN": ("DeepseekV3", LATENT | {"rope_parameters": YARN | {"mscale_all_dim": 0.8}}),
+    "DeepSeek-V3, YaRN in two parts": (
+        "DeepseekV3",
+        LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
     "Qwen2 (bias)": ("Qwen2", {}),
     "Qwen3 (q/k norm)": ("Qwen3", {}),
     "Qwen3, odd head": ("Qwen3", {"head_dim": 14}),

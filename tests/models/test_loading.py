@@ -44,8 +44,9 @@ def test_pickle_weights_are_never_opened(tmp_path):
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 0}, "experts"),
         ({"attention_bias": True}, "bias"),
         ({"hidden_size": None, "drop": "hidden_size"}, "hidden_size"),
     ],
