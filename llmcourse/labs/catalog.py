@@ -76,12 +76,37 @@ TRITON_ANSWERS = tuple(
 )
 """The package's own kernels; their counters stay, since a learner's cells use them."""
 
+MODEL_ANSWERS = (
+    "transformers",
+    "torchtune",
+    "flash_attn",
+    "xformers",
+    *(f"llmcourse.{name}" for name in ("models", "kernels", "engine", "plug", "train")),
+)
+"""Where a transformer's parts can be had ready-made. PyTorch's own attention gives no weights."""
+
+FLASH_ANSWERS = (
+    *("flash_attn", "xformers", "transformers", "llmcourse.models", "llmcourse.engine", "llmcourse.plug"),
+    *("llmcourse.kernels.attention_reference", "llmcourse.kernels.attention_naive"),
+    *(
+        f"llmcourse.kernels.flash_{name}"
+        for name in ("attention", "forward", "backward", "tiles", "plan", "hopper")
+    ),
+)
+"""Tiled attention, ready-made."""
+
+SUBQUADRATIC_ANSWERS = (*MODEL_ANSWERS, "scipy", "mamba_ssm", "fla")
+
 LABS = (
     Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),
     Lab("03", "gpu_architecture", "Threads, warps and blocks in CUDA C++", forbidden=KERNELS),
     Lab("04", "memory_hierarchy", "Memory traffic in CUDA C++, counted", forbidden=KERNELS),
     Lab("05", "triton_kernels", "Fused kernels in Triton, by the byte", forbidden=TRITON_ANSWERS),
     Lab("06", "streams_graphs_transfers", "Schedules, prefetching, capture", forbidden=SIMULATED),
+    Lab("07", "transformer", "A decoder block for the real model", forbidden=MODEL_ANSWERS),
+    Lab("09", "attention_variants", "Fewer keys and values", forbidden=MODEL_ANSWERS),
+    Lab("10", "flash_attention", "FlashAttention, forward and backward", forbidden=FLASH_ANSWERS),
+    Lab("11", "subquadratic", "Without the square", forbidden=SUBQUADRATIC_ANSWERS),
 )
 
 

@@ -112,6 +112,8 @@ FORMS = {"parallel": parallel, "recurrent": recurrent, "chunked": chunked}
 class LinearState(State):
     """s [B, Hkv, D, D] and z [B, Hkv, D]: D + 1 numbers for every feature of a key/value head."""
 
+    recurrent = True
+
     def __init__(
         self,
         config: ModelConfig,

@@ -10,11 +10,32 @@ A point is a place in the package where one function can stand for another. `poi
 the signature that each expects. After the block the package's own code is back, whatever happened in it.
 What your function returns is checked where it is used; what it raises says at which point it was.
 
-`point` holds the mechanism, `autograd` the points of `llmcourse.autograd`, `kernels` those of
-`llmcourse.models`.
+`point` holds the mechanism, `autograd` the points of `llmcourse.autograd`; those of `llmcourse.models` are in
+`kernels`, `transformer`, `flash`, `attention_variants` and `subquadratic`. `same_text` compares what a model
+says with and without a plug.
 """
 
-from llmcourse.plug import autograd, kernels  # they register their points
+from llmcourse.plug import (  # they register their points
+    attention_variants,
+    autograd,
+    flash,
+    kernels,
+    subquadratic,
+    transformer,
+)
 from llmcourse.plug.point import Plug, PlugError, Point, plug, points, register
 
-__all__ = ["Plug", "PlugError", "Point", "autograd", "kernels", "plug", "points", "register"]
+__all__ = [
+    "Plug",
+    "PlugError",
+    "Point",
+    "attention_variants",
+    "autograd",
+    "flash",
+    "kernels",
+    "plug",
+    "points",
+    "register",
+    "subquadratic",
+    "transformer",
+]

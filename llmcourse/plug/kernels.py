@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmcourse.models.step import Step
 
 MODELS = "llmcourse.models"
+ATTEND = tuple(f"{MODELS}.{module}:attend" for module in ("attention", "mla", "encoder_decoder"))
+"""Every module that attends."""
 
 
 def tensor(code: LearnersCode, value: Any, like: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
@@ -63,20 +65,26 @@ def swiglu(code: LearnersCode) -> Callable[[MLP, Tensor], Tensor]:
 def softmax(code: LearnersCode) -> Callable[..., Tensor]:
     def attend(q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float | None = None) -> Tensor:
         """Attention in three steps: scores [B, Hq, S, T], their softmax, and the weighted sum of values."""
-        import torch
-
         shared = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        seen = step.mask
-        if step.causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if seen is not None:
-            scores = scores.masked_fill(~seen, float("-inf"))
+        scores = scores.masked_fill(~mask_of(step, q, k), float("-inf"))
         flat = rows(scores)
         return tensor(code, code(flat), flat, flat.shape, "the result").view(scores.shape) @ v
 
     return attend
+
+
+def mask_of(step: Step, q: Tensor, k: Tensor) -> Tensor:
+    """Where each query may look, bool [B, 1, S, T], also where the package leaves it to its kernels."""
+    import torch
+
+    new, keys = q.shape[2], k.shape[2]
+    seen = step.mask
+    if seen is None:
+        seen = torch.ones(new, keys, dtype=torch.bool, device=q.device)
+        seen = seen.tril(keys - new) if step.causal else seen
+    return seen.expand(len(q), 1, new, keys)
 
 
 def rms_norm(code: LearnersCode) -> Callable[[RMSNorm, Tensor], Tensor]:
@@ -89,9 +97,16 @@ def rms_norm(code: LearnersCode) -> Callable[[RMSNorm, Tensor], Tensor]:
 
 
 def add_rms_norm(code: LearnersCode) -> Callable[..., Tensor]:
+    from llmcourse.models.block import Block
+    from llmcourse.models.norm import RMSNorm
+
+    own = Block.forward
+
     def forward(self: Block, x: Tensor, step: Step, state: State | None) -> Tensor:
+        if self.post_norm or not isinstance(self.mlp_norm, RMSNorm):
+            return own(self, x, step, state)  # no sum in this block is followed by an RMSNorm
         attended = rows(self.mixer(self.mixer_norm(x), step, state))
-        norm, mlp = cast("RMSNorm", self.mlp_norm), cast("MLP", self.mlp)
+        norm, mlp = self.mlp_norm, cast("MLP", self.mlp)
         results = code(attended, rows(x), norm.weight.detach(), norm.eps)
         h, y = (
             tensor(code, part, attended, attended.shape, name)
@@ -126,7 +141,7 @@ for _point in (
         ("x",),
         "tensor",
         "Softmax of the rows of x [M, N]: of attention's scores, −inf where a query may not look.",
-        (f"{MODELS}.attention:attend",),
+        ATTEND,
         softmax,
     ),
     Point(

@@ -55,7 +55,8 @@ def test_every_scan_equals_the_definition_for_any_chunk(scan, length, chunk):
 def test_the_gradient_of_a_scan_is_right(scan):
     a, b, h = (torch.rand(2, 9, 3).double().requires_grad_() for _ in range(3))
     assert torch.autograd.gradcheck(
-        lambda a, b, h: LinearRecurrence.apply(a, b, h, SCANS[scan]), (a, b, h[:, 0].detach().requires_grad_())
+        lambda a, b, h: LinearRecurrence.apply(a, b, h, SCANS[scan]),
+        (a, b, h[:, 0].detach().requires_grad_()),
     )
 
 

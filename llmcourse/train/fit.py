@@ -1,0 +1,114 @@
+"""The training loop: forward, loss, backward, clip, step. The same curve for the same seeds.
+
+What a run depends on is all passed in: weights (`build` draws them from a seed), batches (every task of
+`train.tasks` draws from a seed of its own) and the number of steps. The learning rate climbs for a few
+steps, because Adam's first steps are as long as its later ones while its estimates are still noise, and
+then falls along a cosine to a tenth. Gradients are clipped by their norm over all parameters (Pascanu et al.
+2013, arXiv:1211.5063), so that one odd batch cannot throw the weights away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcourse.errors import ShapeError
+from llmcourse.train.tasks import IGNORE, Batch
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss in nats over the positions of a batch at which something is asked."""
+    return F.cross_entropy(model(*batch.inputs).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    lr: float = 3e-3,
+    loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+    warmup: int | None = None,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+) -> list[float]:
+    """Train `model` in place by AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); its loss at every step.
+
+    batches       anything that yields `steps` batches or more; `Batch` for the loss that is used by default
+    loss          of (model, batch): one number to go downhill on
+    warmup        steps of climbing learning rate; a tenth of all unless given
+    weight_decay  for matrices only: norms and biases have no reason to be near zero
+    clip          the largest norm that the gradient of all parameters may have
+
+    Raises ShapeError when `steps` is below 1 or the batches run out.
+    """
+    if steps < 1:
+        raise ShapeError(f"{steps} steps.", "Training takes at least one.", "steps = 100.")
+    warmup = max(1, steps // 10) if warmup is None else max(1, warmup)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.98),  # a short memory for squares: these runs are a few hundred steps
+    )
+    curve: list[float] = []
+    was_training = model.training
+    model.train()
+    for step, batch in enumerate(islice(batches, steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale_at(step, steps, warmup)
+        value = loss(model, batch)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        curve.append(value.item())
+    model.train(was_training)
+    if len(curve) < steps:
+        raise ShapeError(
+            f"the batches ran out after {len(curve)} of {steps} steps.",
+            "Each step takes a new batch from the iterable.",
+            f"steps = {len(curve)}, or an iterable that does not end.",
+        )
+    return curve
+
+
+def scale_at(step: int, steps: int, warmup: int) -> float:
+    """The learning rate of a step as a share of the highest: up a ramp, then down a cosine to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def build(make: Callable[..., Model], *args: Any, seed: int, **options: Any) -> Model:
+    """`make(*args, **options)`, its weights drawn from `seed`, its embeddings a twentieth of PyTorch's.
+
+    PyTorch draws embeddings from N(0, 1). With a tied head the first logits would then be as large as √E, and
+    training would spend its first steps on taking back a certainty that nothing has earned.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make(*args, **options)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight *= 0.05
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batch: Batch) -> float:
+    """The share of the asked positions at which the largest logit is the right one."""
+    asked = batch.targets != IGNORE
+    return float((model(*batch.inputs).argmax(-1) == batch.targets)[asked].float().mean())

@@ -1,0 +1,140 @@
+"""The attention variants against each other: the same parameters, the same batches, different memories.
+
+A variant that keeps less of each token also has fewer weights. Compared as they stand, a loss of quality could
+come from either; so what the projections save is given to the feed-forward part, and all variants have the same
+number of parameters (to within a row of it).
+
+The task is a telephone book. A sequence lists N records, each one token that stands for a name *and* a number,
+then asks for names; the answer is the number. Nothing is asked that a model could know by heart: every sequence
+has a new book, so all that it can answer comes through what attention keeps of the records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmcourse.models import ModelConfig, Transformer
+from llmcourse.models.sizes import LatentSizes
+from llmcourse.train.fit import accuracy, build, cross_entropy, fit
+from llmcourse.train.tasks import IGNORE, Batch
+
+RECORDS = 8
+
+
+def phone_book(
+    *, batch: int, seed: int, records: int = RECORDS, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """N records and N questions: tokens [B, 2·N] below `book_vocab(N)`; what is asked for is a number below N.
+
+    Record (name a, number b) is token a·N + b, the question for name a is token N² + a. In one sequence every
+    name and every number stands once; a name may be asked for twice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffled() -> Tensor:
+        return torch.rand(batch, records, generator=generator).argsort(dim=1)
+
+    while True:
+        names, numbers = shuffled(), shuffled()
+        asked = torch.randint(records, (batch, records), generator=generator)
+        tokens = torch.cat((names * records + numbers, records**2 + names.gather(1, asked)), dim=1)
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, records:] = numbers.gather(1, asked)
+        yield Batch((tokens,), targets).to(device)
+
+
+def book_vocab(records: int) -> int:
+    """Tokens of a telephone book of `records` names and numbers."""
+    return records**2 + records
+
+
+# ------------------------------------------------------------------------------------------- the variants
+
+Change = Callable[[ModelConfig], ModelConfig]
+
+
+def grouped(n_kv_heads: int) -> Change:
+    return lambda base: replace(base, n_kv_heads=n_kv_heads)
+
+
+def latent(kv_rank: int, rope_dim: int) -> Change:
+    """MLA with heads as wide as the base's, and queries that are not compressed."""
+
+    def change(base: ModelConfig) -> ModelConfig:
+        sizes = LatentSizes(0, kv_rank, base.head_dim, rope_dim, base.head_dim)
+        return replace(base, layers=("latent",) * base.n_layers, latent=sizes)
+
+    return change
+
+
+def windowed(window: int, sinks: int = 0) -> Change:
+    return lambda base: replace(base, layers=("window",) * base.n_layers, window=window, sinks=sinks)
+
+
+def equal_parameters(base: ModelConfig, changes: Mapping[str, Change]) -> dict[str, ModelConfig]:
+    """Each variant of `base`, its feed-forward part widened or narrowed until it has the base's parameters.
+
+    What remains is less than one more hidden feature in every layer: 3·E·L parameters for SwiGLU.
+    """
+    configs = {}
+    for name, change in changes.items():
+        config = change(base)
+        row = config.n_layers * (replace(config, d_ff=2).n_params - replace(config, d_ff=1).n_params)
+        row //= config.n_layers
+        configs[name] = replace(
+            config, d_ff=config.d_ff + round((base.n_params - config.n_params) / row), name=name
+        )
+    return configs
+
+
+BASE = ModelConfig(
+    vocab_size=book_vocab(RECORDS),
+    d_model=64,
+    n_layers=1,
+    n_heads=8,
+    n_kv_heads=8,
+    head_dim=8,
+    d_ff=64,
+    max_len=2 * RECORDS,
+    name="MHA",
+)
+"""Small enough to train in a second: eight heads of eight features, one layer, 34,000 parameters."""
+
+SMALL = equal_parameters(
+    BASE,
+    {
+        "MHA": lambda base: base,
+        "GQA, 2 heads": grouped(2),
+        "MQA": grouped(1),
+        "MLA, rank 16": latent(16, 4),
+        "window of 4": windowed(4),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A variant after training. loss in nats and accuracy on books that it has not seen."""
+
+    model: Transformer
+    seed: int
+    loss: float
+    accuracy: float
+
+
+def train(config: ModelConfig, *, seed: int, steps: int = 100, device: str = "cpu") -> Trained:
+    """Train a variant on telephone books; `seed` gives the weights and the batches, the test is always the same."""
+    model = build(Transformer, config, seed=seed).to(device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 1.0
+    books = phone_book(batch=64, seed=seed, device=device)
+    fit(model, books, steps=steps, lr=0.02)
+    test = next(phone_book(batch=256, seed=10**6, device=device))
+    with torch.no_grad():
+        loss = cross_entropy(model, test).item()
+    return Trained(model, seed, loss, accuracy(model, test))
