@@ -269,7 +269,7 @@ def compile_report(
 ) -> CompileReport:
     """Compile a kernel for GPUs and read registers, memory and instructions from the machine code.
 
-    kernel         of `@triton.jit`, `@triton.autotune` or `@triton.heuristics`
+    kernel         of `@triton.jit`, `@triton.autotune`, `@triton.heuristics` or `@gluon.jit`
     args, kwargs   what it would be launched with: tensors (of any device, also "meta"), numbers, constants;
                    or type names. Compiler options (num_ctas, maxnreg) too
     signature      in place of args and kwargs: what `signature_of` gives
@@ -360,7 +360,8 @@ def _type(kernel: str, name: str, value: Any) -> tuple[str, bool]:
         return "fp32", False
     if hasattr(value, "block_shape") and hasattr(value, "base"):
         shape = ", ".join(map(str, value.block_shape))
-        return f"tensordesc<{_TYPES[str(value.base.dtype).removeprefix('torch.')]}[{shape}]>", False
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's: how a tile lies in memory
+        return f"tensordesc<{_TYPES[str(value.base.dtype).removeprefix('torch.')]}[{shape}]{layout}>", False
     dtype = _TYPES.get(
         str(getattr(value, "dtype", "")).removeprefix("torch."), str(getattr(value, "dtype", ""))
     )
@@ -402,7 +403,10 @@ def _heuristics(kernel: Any) -> dict[str, Any]:
 
 
 def _source(function: Any, signature: Signature) -> Any:
-    from triton.compiler import ASTSource
+    if function.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    else:
+        from triton.compiler import ASTSource
 
     names = list(signature.types)
     return ASTSource(

@@ -211,6 +211,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_q, cu_k, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # most often nobody uses the log-sum-exp, and its gradient is None
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
 
 

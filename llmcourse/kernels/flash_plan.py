@@ -92,3 +92,60 @@ class Plan(NamedTuple):
 INTERPRETED = Plan(
     Tiles("pointer", 32, 32, 4, 1, 2), Tiles("pointer", 32, 32, 4, 1, 2), Tiles("pointer", 32, 32, 4, 1, 2)
 )
+
+
+# Forward | dK and dV | dQ, by (least capability, bytes a number, columns of a tile).
+POINTER = {
+    (75, 2, 64): "64x32 w8 s1 h4 | 16x32 w8 s1 h4 | 32x32 w8 s1 h4",
+    (75, 2, 128): "16x32 w4 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
+    (75, 2, 256): "16x32 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
+    (75, 4, 64): "32x32 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
+    (75, 4, 128): "16x16 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
+    (75, 4, 256): "16x16 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
+    (80, 2, 64): "128x64 w8 s3 h4 | 32x128 w8 s2 h4 | 128x64 w8 s2 h4",
+    (80, 2, 128): "64x64 w8 s2 h4 | 32x64 w8 s3 h4 | 64x64 w8 s2 h4",
+    (80, 2, 256): "64x32 w8 s2 h4 | 32x32 w4 s2 h4 | 64x32 w8 s2 h4",
+    (90, 2, 64): "128x64 w4 s3 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
+    (90, 2, 128): "128x64 w8 s3 h8 | 32x128 w8 s3 h8 | 128x64 w8 s3 h8",
+    (90, 2, 256): "64x32 w4 s2 h8 | 32x64 w8 s2 h8 | 64x64 w8 s2 h8",
+}
+DESCRIPTOR = {
+    (90, 2, 64): "128x64 w4 s3 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
+    (90, 2, 128): "128x128 w8 s2 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
+    (90, 2, 256): "128x64 w8 s2 h8 | 64x64 w8 s2 h8 | 64x64 w8 s2 h8",
+}
+
+
+def plan_for(
+    head_dim: int, dtype: torch.dtype, capability: int, *, causal: bool, window: int, descriptors: bool
+) -> Plan:
+    """This device's own plan.
+
+    capability    as 90;  descriptors   whether the copy engine can read the tensors (`unusable`)
+    """
+    columns = max(64, power_of_two(head_dim))
+    key = (max(capability, 75), dtype.itemsize, columns)
+    if descriptors and (found := _newest(DESCRIPTOR, key)):
+        return Plan(*(Tiles.parse(f"descriptor {part.strip()}") for part in found.split("|")))
+    return Plan(*(Tiles.parse(f"pointer {part.strip()}") for part in _newest(POINTER, key).split("|")))
+
+
+def _newest(table: dict[tuple[int, int, int], str], key: tuple[int, int, int]) -> str:
+    """The entry of the newest device not newer than this one; empty if there is none."""
+    fitting = [k for k in table if k[0] <= key[0] and k[1:] == key[1:]]
+    return table[max(fitting)] if fitting else ""
+
+
+def unusable(*tensors: torch.Tensor, packed: bool = False) -> str:
+    """Why the copy engine cannot read these tensors [B, H, tokens, D]; empty if it can."""
+    if packed:
+        return "packed sequences end within a tile, and the copy engine would read on into the next one"
+    for x in tensors:
+        if x.numel() == 0:
+            return "a tensor is empty"
+        if x.data_ptr() % 16:
+            return "a tensor does not start on a multiple of 16 bytes"
+        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+            if stride * x.element_size() % 16 or (stride == 0 and size > 1):
+                return f"strides {tuple(x.stride())} of {x.element_size()}-byte numbers"
+    return ""

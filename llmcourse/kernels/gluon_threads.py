@@ -53,7 +53,7 @@ def tile(x: Tensor) -> Tile:
 
 
 class Barrier:
-    """An mbarrier: completes when all arrivals and all announced bytes have come, then begins its next phase."""
+    """An mbarrier: a phase ends when all its arrivals and all announced bytes have come."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.count, self.pending, self.bytes, self.phase = machine, 0, 0, 0, 0
@@ -85,7 +85,7 @@ class Barrier:
                 raise _Stopped
             if not done:
                 raise DeadlockError(
-                    f"{threading.current_thread().name} has waited {PATIENCE:.0f} s for phase {parity} of a barrier.",
+                    f"{threading.current_thread().name} has waited for phase {parity} of a barrier.",
                     f"It is in phase {self.phase}, with {self.pending} of {self.count} arrivals to come.",
                     "a count of arrivals, and of phases, that producer and consumers share.",
                 )

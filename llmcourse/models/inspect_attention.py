@@ -15,9 +15,9 @@ the keys of the pattern, from 0 to 1:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from llmcourse.errors import ShapeError
 from llmcourse.models.attention import Attention, WindowAttention
 from llmcourse.models.encoder_decoder import CrossAttention, CrossState
 from llmcourse.models.step import Step
+from llmcourse.models.transformer import Transformer
 
 PATTERNS = ("previous", "first", "local", "induction")
 LOCAL = 4  # tokens back that still count as near
@@ -37,7 +38,7 @@ class Head:
 
     layer: int
     head: int
-    scores: dict[str, float]
+    scores: dict[str, float] = field(hash=False)
 
     @property
     def kind(self) -> str:
@@ -151,3 +152,29 @@ def heads(model: nn.Module, *, vocab_size: int, length: int = 32, seed: int = 0)
         for layer in range(layers)
         for head in range(n_heads)
     ]
+
+
+@contextmanager
+def silenced(model: Transformer, chosen: Iterable[Head]) -> Iterator[None]:
+    """While open, these heads of a decoder add nothing: what they mixed is set to zero before it is projected."""
+
+    def mute(columns: list[int]) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+        def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            x = inputs[0].clone()
+            x[..., columns] = 0
+            return (x,)
+
+        return before
+
+    width, by_layer = model.config.head_dim, dict[int, list[int]]()
+    for h in chosen:
+        by_layer.setdefault(h.layer, []).extend(range(h.head * width, (h.head + 1) * width))
+    handles = [
+        model.blocks[layer].mixer.out.register_forward_pre_hook(mute(columns))  # type: ignore[union-attr]
+        for layer, columns in by_layer.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -133,14 +133,38 @@ class ModalFilter(nn.Module):
         """R [E, N], complex."""
         return torch.view_as_complex(self.residue.to(accumulator(self.residue.dtype)).contiguous())
 
-    def powers(self, length: int) -> Tensor:
-        """λᵗ for t = 0 … length − 1, [E, N, length]."""
-        poles = self.poles()
-        return torch.exp(poles.unsqueeze(-1) * torch.arange(length, device=poles.device))
+    def grid(self, length: int) -> tuple[Tensor, Tensor]:
+        """λ^(aK) [E, N, A] and λᵏ [E, N, K] with A·K ≥ length: every power up to there is a product of two.
+
+        2·√length exponentials a mode, where a table of all powers would take `length`.
+        """
+        poles, fine = self.poles().unsqueeze(-1), math.isqrt(max(length - 1, 0)) + 1
+        k = torch.arange(fine, device=poles.device)
+        a = fine * torch.arange(-(-length // fine), device=poles.device)
+        return torch.exp(poles * a), torch.exp(poles * k)
+
+    def ring(self, start: Tensor, length: int) -> Tensor:
+        """Re Σ_n start_n λ_nᵗ for t = 0 … length − 1, from start [..., E, N] complex: [..., E, length].
+
+        Re(xy) = Re x·Re y − Im x·Im y: one matrix product over modes and their two parts.
+        """
+        coarse, fine = self.grid(length)
+        left = start.unsqueeze(-1) * coarse
+        left, right = torch.cat((left.real, -left.imag), dim=-2), torch.cat((fine.real, fine.imag), dim=-2)
+        return (left.mT @ right).flatten(-2)[..., :length]
+
+    def absorb(self, u: Tensor) -> Tensor:
+        """Σ_s λ^(S−1−s) u_s: what inputs u [B, E, S] leave in the modes, [B, E, N] complex."""
+        coarse, fine = self.grid(u.shape[-1])
+        n_coarse, n_fine = coarse.shape[-1], fine.shape[-1]
+        u = F.pad(u, (n_coarse * n_fine - u.shape[-1], 0)).unflatten(-1, (n_coarse, n_fine))
+        fine = fine.flip(-1)
+        runs = torch.complex(u @ fine.real.mT, u @ fine.imag.mT)  # [B, E, A, N]
+        return (runs * coarse.flip(-1).mT).sum(-2)
 
     def forward(self, length: int) -> Tensor:
         """The first `length` taps of every channel's filter, [E, length], float32 at least."""
-        return (self.residues().unsqueeze(-1) * self.powers(length)).sum(1).real
+        return self.ring(self.residues(), length)
 
     def convolve(self, u: Tensor, step: Step, state: HyenaState | None) -> Tensor:
         """u [B, E, S] → [B, E, S]: by FFT, and what came before by the state x [B, E, N]."""
@@ -148,16 +172,13 @@ class ModalFilter(nn.Module):
         if state is None:
             return fft_conv(u, self(length))
         residues, wide = self.residues(), u.to(accumulator(u.dtype))
-        before = torch.view_as_complex(state.modes)
+        poles, before = self.poles(), torch.view_as_complex(state.modes)
         if length == 1:
-            after = self.poles().exp() * before + wide
+            after = poles.exp() * before + wide
             y = (residues * after).sum(-1, keepdim=True).real
         else:
-            powers = self.powers(length + 1)
-            carried = torch.einsum("ens,ben->bes", residues.unsqueeze(-1) * powers[..., 1:], before).real
-            y = fft_conv(wide, (residues.unsqueeze(-1) * powers[..., :-1]).sum(1).real) + carried
-            taken = torch.einsum("ens,bes->ben", powers[..., :-1].flip(-1), wide.to(powers.dtype))
-            after = powers[..., -1] * before + taken
+            y = fft_conv(wide, self(length)) + self.ring(residues * poles.exp() * before, length)
+            after = torch.exp(poles * length) * before + self.absorb(wide)
         state.modes.copy_(torch.view_as_real(after.detach()))
         return y.to(u.dtype)
 
@@ -167,8 +188,8 @@ class ModalFilter(nn.Module):
 
     @staticmethod
     def flops(config: ModelConfig, tokens: int) -> int:
-        """Of making the filter, once for a whole batch: a complex product and sum for each tap and mode."""
-        return 8 * tokens * config.d_model * config.hyena.d_state
+        """Of making the filter, once for a whole batch: two products and sums for each tap and mode."""
+        return 4 * tokens * config.d_model * config.hyena.d_state
 
 
 FILTERS: dict[str, type[ImplicitFilter] | type[ModalFilter]] = {

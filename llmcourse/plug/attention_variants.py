@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmcourse.plug.kernels import MODELS, mask_of, tensor
+from llmcourse.plug.kernels import ATTEND, MODELS, mask_of, tensor
 from llmcourse.plug.point import LearnersCode, Point, register
 
 if TYPE_CHECKING:
@@ -170,13 +170,13 @@ def _one_length(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(keys), torch.cat(held)
 
 
-_POINTS: tuple[tuple[str, tuple[str, ...], str, str, str, Any], ...] = (
+_POINTS: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...], Any], ...] = (
     (
         "grouped_query_attention",
         ("q", "k", "v"),
         "tensor",
         "Causal attention of the last S of T tokens: q [B, Hq, S, D] over k, v [B, Hkv, T, D].",
-        "attention:attend",
+        ATTEND,
         grouped_query_attention,
     ),
     (
@@ -184,7 +184,7 @@ _POINTS: tuple[tuple[str, tuple[str, ...], str, str, str, Any], ...] = (
         ("q_nope", "q_rope", "latent", "k_rope", "w_uk", "w_uv"),
         "tensor",
         "MLA of q_nope [B, H, S, Dn] and q_rope [B, H, S, Dr] over latent [B, T, R], k_rope [B, T, Dr].",
-        "mla:LatentAttention.absorbed",
+        (f"{MODELS}.mla:LatentAttention.absorbed",),
         absorbed_attention,
     ),
     (
@@ -192,7 +192,7 @@ _POINTS: tuple[tuple[str, tuple[str, ...], str, str, str, Any], ...] = (
         ("queries", "keys", "window", "sinks"),
         "tensor",
         "True where a query [S] may look at a slot [C], both given by position (−1: empty): bool [S, C].",
-        "step:window_mask",
+        (f"{MODELS}.step:window_mask",),
         window_mask,
     ),
     (
@@ -200,10 +200,10 @@ _POINTS: tuple[tuple[str, tuple[str, ...], str, str, str, Any], ...] = (
         ("slots", "positions", "new", "start", "window", "sinks"),
         "(seen, seen_positions, slots, positions)",
         "new [B, H, S, D] written to a ring of slots [B, H, C, D], and what the S tokens see.",
-        "attention:WindowAttention.state",
+        (f"{MODELS}.attention:WindowAttention.state",),
         rolling_update,
     ),
 )
 
-for _name, _takes, _returns, _says, _place, _stand_in in _POINTS:
-    register(Point(_name, _takes, _returns, _says, (f"{MODELS}.{_place}",), _stand_in))
+for _point in _POINTS:
+    register(Point(*_point))

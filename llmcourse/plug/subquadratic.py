@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmcourse.models.step import Step
 
 Form = Callable[..., "tuple[Tensor, Memory]"]
-FORMS = f"{MODELS}.linear_attention:FORMS"
+FORMS = (f"{MODELS}.linear_attention:FORMS",)
 
 
 # ── long convolutions ────────────────────────────────────────────────────────────────────────────────
@@ -164,13 +164,13 @@ def selective_scan(code: LearnersCode) -> Callable[..., tuple[Tensor, Tensor]]:
     return selective_scan
 
 
-_POINTS: tuple[tuple[str, tuple[str, ...], str, str, str, Any], ...] = (
+_POINTS: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...], Any], ...] = (
     (
         "causal_fft_conv",
         ("u", "h"),
         "tensor",
         "The causal convolution of u [B, C, S] with each channel's filter h [C, K].",
-        f"{MODELS}.long_filter:fft_conv",
+        (f"{MODELS}.fft_conv:fft_conv", f"{MODELS}.long_filter:fft_conv"),
         causal_fft_conv,
     ),
     (
@@ -178,7 +178,7 @@ _POINTS: tuple[tuple[str, tuple[str, ...], str, str, str, Any], ...] = (
         ("modes", "u", "poles", "residues"),
         "(y, modes)",
         "One token u [B, C] of the convolution with Re Σ residue · poleᵗ, from modes [B, C, N].",
-        f"{MODELS}.long_filter:ModalFilter.convolve",
+        (f"{MODELS}.long_filter:ModalFilter.convolve",),
         modal_step,
     ),
     (
@@ -210,10 +210,10 @@ _POINTS: tuple[tuple[str, tuple[str, ...], str, str, str, Any], ...] = (
         ("x", "dt", "A", "B", "C", "h"),
         "(y, h)",
         "h ← exp(Δ·A)·h + Δ·B·x and y = C·h, for x, dt [B, S, E], A [E, N], B, C [B, S, N], h [B, E, N].",
-        f"{MODELS}.ssm:selective_scan",
+        (f"{MODELS}.ssm:selective_scan",),
         selective_scan,
     ),
 )
 
-for _name, _takes, _returns, _says, _place, _stand_in in _POINTS:
-    register(Point(_name, _takes, _returns, _says, (_place,), _stand_in))
+for _point in _POINTS:
+    register(Point(*_point))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmcourse.errors import ShapeError
 from llmcourse.models import HyenaSizes, ModelConfig, SSMSizes, Transformer

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmcourse.models import ModelConfig, Transformer
 from llmcourse.models.sizes import LatentSizes
-from llmcourse.train.fit import accuracy, build, cross_entropy, fit
+from llmcourse.train.fit import accuracy, cross_entropy, fit
 from llmcourse.train.tasks import IGNORE, Batch
 
 RECORDS = 8
@@ -93,11 +93,11 @@ def equal_parameters(base: ModelConfig, changes: Mapping[str, Change]) -> dict[s
 
 BASE = ModelConfig(
     vocab_size=book_vocab(RECORDS),
-    d_model=64,
+    d_model=32,
     n_layers=1,
     n_heads=8,
     n_kv_heads=8,
-    head_dim=8,
+    head_dim=4,
     d_ff=64,
     max_len=2 * RECORDS,
     name="MHA",
@@ -110,7 +110,7 @@ SMALL = equal_parameters(
         "MHA": lambda base: base,
         "GQA, 2 heads": grouped(2),
         "MQA": grouped(1),
-        "MLA, rank 16": latent(16, 4),
+        "MLA, rank 8": latent(8, 4),
         "window of 4": windowed(4),
     },
 )
@@ -126,12 +126,24 @@ class Trained:
     accuracy: float
 
 
+def draw(model: Transformer, *, seed: int) -> Transformer:
+    """Weights from N(0, 1/inputs), so that every projection keeps the size of what it reads; embeddings of 0.3.
+
+    Drawn in the order of the weights' names: variants that share a weight do not share its numbers, but the same
+    variant gets the same weights for the same seed on every machine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if p.dim() > 1:
+                std = 0.3 if name.startswith("embedding") else p.shape[1] ** -0.5
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+    return model
+
+
 def train(config: ModelConfig, *, seed: int, steps: int = 100, device: str = "cpu") -> Trained:
     """Train a variant on telephone books; `seed` gives the weights and the batches, the test is always the same."""
-    model = build(Transformer, config, seed=seed).to(device)
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 1.0
+    model = draw(Transformer(config), seed=seed).to(device)
     books = phone_book(batch=64, seed=seed, device=device)
     fit(model, books, steps=steps, lr=0.02)
     test = next(phone_book(batch=256, seed=10**6, device=device))

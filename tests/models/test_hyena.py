@@ -1,4 +1,4 @@
-"""Long convolutions by FFT against scipy, modal filters against their recurrence, and Hyena cut into pieces."""
+"""Long convolutions by FFT against scipy, modal filters against their recurrence, Hyena cut into pieces."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import torch
 
 from llmcourse.errors import ShapeError
 from llmcourse.models import ModelConfig, random_model
+from llmcourse.models.perplexity import perplexity
 from llmcourse.models.surgery import with_kv_heads, with_window
 
 CONFIG = ModelConfig(
@@ -68,3 +69,26 @@ def test_fewer_heads_have_fewer_parameters_and_a_smaller_cache(model):
 def test_heads_that_cannot_be_shared_are_refused(model):
     with pytest.raises(ShapeError):
         with_kv_heads(model, 4, mean)
+
+
+# ── perplexity ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def test_perplexity_is_the_exponential_of_the_mean_loss_however_the_text_is_read(model):
+    logits = model(TOKENS)[:, :-1].log_softmax(-1)
+    want = (-logits.gather(-1, TOKENS[:, 1:, None]).mean()).exp().item()
+    for piece in (0, 1, 4, 12, 13, 50):
+        assert perplexity(model, TOKENS, piece=piece) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_is_as_unsure_as_its_vocabulary_is_large(model):
+    silent = random_model(CONFIG, dtype=torch.float64)
+    for p in silent.parameters():
+        p.zero_()
+    assert perplexity(silent, TOKENS) == pytest.approx(CONFIG.vocab_size)
+
+
+def test_one_token_has_no_perplexity(model):
+    with pytest.raises(ShapeError):
+        perplexity(model, TOKENS[:, :1])

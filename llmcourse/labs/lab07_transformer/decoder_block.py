@@ -48,8 +48,8 @@ decoder_block = Exercise(
         "same way, from the new stream. The keys that you return are turned already, the next call does not "
         "turn them again.",
         "positions = (past + torch.arange(S)).expand(B, -1); k = torch.cat((keys, apply_rope(k, positions, "
-        "theta)), dim=2); mask = causal_mask(positions, past + S, torch.zeros(B)); a, _ = attention(q, k, v, "
-        "mask); x = x + a.transpose(1, 2).reshape(B, S, -1) @ weights['out'].T; n = F.rms_norm(x, …); "
+        "theta)), dim=2); mask = causal_mask(positions, past + S, positions[:, 0] * 0); "
+        "a, _ = attention(q, k, v, mask); x = x + a.transpose(1, 2).reshape(B, S, -1) @ weights['out'].T; n = F.rms_norm(x, …); "
         "return x + (F.silu(n @ weights['gate'].T) * (n @ weights['up'].T)) @ weights['down'].T, k, v.",
     ),
 )

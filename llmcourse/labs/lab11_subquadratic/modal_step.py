@@ -89,6 +89,17 @@ def impulse(t: Trial) -> None:
     t.close(_run(t, u, poles, residues)[0], taps(poles, residues, length), rtol=1e-5)
 
 
+@modal_step.check("it goes on from any state, and leaves the one of the formula")
+def continued(t: Trial) -> None:
+    for batch, channels, n in ((2, 3, 4), (1, 2, t.size(2, 6))):
+        u, (poles, residues) = tensor(t, batch, channels), _draw(t, channels, n)
+        modes = torch.from_numpy(t.normal(batch, channels, n) + 1j * t.normal(batch, channels, n))
+        y, after = t.pair(t.call(modes.to(torch.complex64), u, poles, residues), 2, "a pair (y, modes)")
+        want = poles.to(modes.dtype) * modes + u[..., None]
+        t.close(after, want.numpy(), "modes", rtol=1e-5)
+        t.close(y, (residues.to(modes.dtype) * want).sum(-1).real.numpy(), "y", rtol=1e-5)
+
+
 @modal_step.check("all outputs together are the convolution of inputs and filter")
 def convolution(t: Trial) -> None:
     length = t.odd(9, 15)
@@ -210,6 +221,16 @@ def weighted_twice(modes: Any, u: Any, poles: Any, residues: Any) -> Any:
     return (residues * modes).sum(-1).real, modes
 
 
+@modal_step.mistake(
+    says="the state is held weighted by the residues: a prompt read by FFT leaves it unweighted",
+    tries="u into the state as it is; residues at the output.",
+    caught_by="continued",
+)
+def weighted_state(modes: Any, u: Any, poles: Any, residues: Any) -> Any:
+    after = poles * modes + residues * u[..., None]
+    return after.sum(-1).real, after
+
+
 # ── other right solutions ────────────────────────────────────────────────────────────────────────
 
 
@@ -224,9 +245,3 @@ def by_parts(modes: Any, u: Any, poles: Any, residues: Any) -> Any:
 def by_einsum(modes: Any, u: Any, poles: Any, residues: Any) -> Any:
     after = torch.einsum("bcn,cn->bcn", modes, poles) + u[:, :, None].to(modes.dtype)
     return [torch.einsum("bcn,cn->bc", after, residues).real, after]
-
-
-@modal_step.alternative("the state is held weighted, and read by a plain sum")
-def weighted_state(modes: Any, u: Any, poles: Any, residues: Any) -> Any:
-    after = poles * modes + residues * u[..., None]
-    return after.sum(-1).real, after
