@@ -17,9 +17,11 @@ from llmcourse.errors import UnknownNameError
 BENCHMARKS = {
     "ceilings": "copy bandwidth and matrix FLOP/s of this machine",
     "engine_start": "notebook 00's ladder of the engine, beside transformers",
+    "flash": "FlashAttention beside FlashAttention-2, cuDNN, flex_attention and the ceiling model",
     "kernels": "the memory-bound kernels beside torch.compile and a copy of as many bytes",
     "memory_levels": "latency and bandwidth of each level of a GPU's memory",
     "matmul": "the ladder of matrix products in bf16, fp16 and fp8, beside cuBLAS",
+    "subquadratic": "attention, linear attention, SSM and Hyena layers against length; decoding; recall",
     "streams": "stream programs, CUDA graphs and input loaders, with the constants that predict them",
 }
 GPU_ONLY = {"streams"}

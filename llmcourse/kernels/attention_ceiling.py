@@ -8,14 +8,14 @@ long as its products.
     one after the other     1 / (1/matmul + 1/(4·D·exp))         444 TFLOP/s (D 64), 571 (D 128)
     side by side            min(matmul, 4·D·exp)                 800 and 800
 
-with matmul = 800 TFLOP/s and exp = 3.9·10¹² a second, an H100's. No order of instructions *within* one group
-of warps that waits for each product gets beyond the first line, and FlashAttention-3 is the way to the second.
+with matmul = 800 TFLOP/s and exp = 3.9·10¹² a second, an H100's. One group of warps that waits for each of
+its products gets no further than the first line; FlashAttention-3 is the way to the second.
 
 What else takes its share:
 
     matmul instruction   `mma.sync`, all there was before Hopper, reaches about 63 % of what WGMMA does there
     shared memory        every 64 rows of queries (16 or 32 with `mma.sync`) read all of K and V from it
-    masked blocks        under a causal mask the blocks at the diagonal are computed whole and half thrown away
+    masked blocks        under a causal mask the blocks at the diagonal are computed whole, half for nothing
     the grid's tail      the last tiles run while other multiprocessors have none left
     a tile's start       until its first block has come nothing is multiplied
     memory               naive attention stores S × T scores, and that is then what takes the time
@@ -70,8 +70,10 @@ class Rates:
 
 
 def clock_of(of: Gpu) -> float:
-    """The clock (Hz) that the published 16-bit peak belongs to: an H100's 989 TFLOP/s are at 1.83 GHz, and its
-    boost of 1.98 GHz is not kept while the tensor cores work."""
+    """The clock (Hz) of the published 16-bit peak.
+
+    An H100's 989 TFLOP/s are at 1.83 GHz: its boost of 1.98 GHz is not kept while the tensor cores work.
+    """
     per_clock = TENSOR_FLOPS_PER_CLOCK.get(of.capability.name)
     if per_clock is None or "fp16" not in of.peak:
         return of.clock
@@ -116,8 +118,8 @@ class Generation:
     overlap      products and exponentials side by side, not one after the other
     block_m      queries of a tile; block_n: keys of a block
     rows         queries that share one reading of a key from shared memory
-    products     matrix products of a pair backward, 2·D FLOPs each. Five are needed; with two kernels (one for
-                 dK and dV, one for dQ) scores and dP are computed twice
+    products     matrix products of a pair backward, 2·D FLOPs each. Five are needed; with two kernels (one
+                 for dK and dV, one for dQ) scores and dP are computed twice
     exponentials of a pair, backward
     programs     tiles at a time on a multiprocessor; from 2 on the start of one is hidden behind another
     stores       S × T numbers written to memory, and as many read, forward (naive attention); as often again
@@ -147,7 +149,8 @@ GENERATIONS = {
     ),
     "wgmma": Generation("tiles in registers, products by WGMMA, one after the other (Triton's loop)"),
     "overlapped": Generation(
-        "the same, products beside exponentials (FlashAttention-3, flash_hopper.py)", overlap=True, programs=1,
+        "the same, products beside exponentials (FlashAttention-3, flash_hopper.py)",
+        overlap=True, programs=1,
     ),
 }  # fmt: skip
 """The ladder. Sizes of tiles are typical ones; `dataclasses.replace` makes those of a plan."""
@@ -158,8 +161,8 @@ def limits(r: Rates, g: Generation, head_dim: int, *, backward: bool = False) ->
     d = head_dim
     products = g.products if backward else 2
     exponentials = g.exponentials if backward else 1
-    # A product of [rows, D] by [D, N] reads its right side for every `rows` rows and its left side, if that is
-    # in shared memory too (WGMMA of q and k), for every block of keys.
+    # A product of [rows, D] by [D, N] reads its right side for every `rows` rows, and its left side, if that
+    # is in shared memory too (q), for every block of keys.
     reads = products * d * r.itemsize / g.rows + d * r.itemsize / g.block_n
     passes = 2 * g.stores * (2 if backward else 1)
     found = {
@@ -174,8 +177,8 @@ def limits(r: Rates, g: Generation, head_dim: int, *, backward: bool = False) ->
 def seconds_per_pair(r: Rates, g: Generation, head_dim: int, *, backward: bool = False) -> float:
     """Seconds a computed pair: what does not overlap added, what overlaps at its largest.
 
-    Reading shared memory is part of a product and runs beside it; memory and exponentials of the naive way are
-    in kernels of their own, where the memory hides the exponentials.
+    Reading shared memory is part of a product and runs beside it. Memory and exponentials of the naive way
+    are in kernels of their own, where the memory hides the exponentials.
     """
     parts = limits(r, g, head_dim, backward=backward)
     product = max(parts["matmul"], parts.get("shared memory", 0.0))
@@ -206,7 +209,7 @@ def blocks_of_tiles(queries: int, keys: int, g: Generation, *, causal: bool) -> 
 
 
 def visible_share(queries: int, keys: int, g: Generation, *, causal: bool) -> float:
-    """Visible pairs over computed ones: 1 where no block is masked or at an edge. Naive computes all pairs."""
+    """Visible pairs over computed ones: 1 where no block is masked or at an edge. Naive: all are computed."""
     if queries == 0 or keys == 0:
         return 1.0
     visible = queries * keys

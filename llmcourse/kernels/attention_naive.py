@@ -1,4 +1,4 @@
-"""Attention in three kernels, as its formula reads: scores, softmax, values. What FlashAttention does without.
+"""Attention in three kernels, as its formula reads: scores, softmax, values; with the matrix in memory.
 
     kernel           reads                              writes
     scores_kernel    q once for each block of keys,     S × T scores
@@ -7,10 +7,10 @@
     values_kernel    S × T weights, v once for each     o
                      block of queries
 
-The matrix crosses the memory four times. At S = T = 4096 and D = 64 in 16 bits it has 32 MiB a head, q, k, v and
-o together 2 MiB. The matrix products are the same as FlashAttention's, so that what differs is memory: its
-size, and the bytes moved. The scores are kept in q's format, as eager PyTorch keeps them; a causal mask is put
-on each of them, and none is skipped.
+The matrix crosses the memory four times. At S = T = 4096 and D = 64 in 16 bits it has 32 MiB a head, q, k, v
+and o together 2 MiB. The matrix products are the same as FlashAttention's, so that what differs is memory:
+its size, and the bytes moved. The scores are kept in q's format, as eager PyTorch keeps them; a causal mask
+is put on each of them, and none is skipped.
 
 For reading and counting: no backward, no window, and k and v with as many heads as q share.
 """
@@ -18,10 +18,14 @@ For reading and counting: no backward, no window, and k and v with as many heads
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmcourse.kernels.attention_reference import reference
+from llmcourse.kernels.checks import choose
+from llmcourse.kernels.flash_checks import check
 from llmcourse.kernels.flash_forward import columns
 from llmcourse.kernels.flash_tiles import at_head, load_tile, store_tile
 from llmcourse.kernels.language import tl, triton
@@ -105,15 +109,11 @@ def naive_attention(
 ) -> Tensor:
     """softmax(scale·q·kᵀ)·v in three launches, with the matrix of scores in memory.
 
-    Shapes   q [B, Hq, S, D], k and v [B, Hkv, T, D], Hq a multiple of Hkv; D ≤ 128, contiguous. Returns q's shape.
+    Shapes   q [B, Hq, S, D], k and v [B, Hkv, T, D], Hq a multiple of Hkv. Returns q's shape.
     Stores   B·Hq·S·T numbers of q's format.
     Moves    `naive_bytes`.
     Raises   as `flash_attention.attention`.
     """
-    from llmcourse.kernels.attention_reference import reference
-    from llmcourse.kernels.checks import choose
-    from llmcourse.kernels.flash_attention import check
-
     check(q, k, v, causal=causal, scale=scale, window=0)
     backend = choose("interpret" if interpret else "auto", q)
     if backend == "reference":
@@ -124,7 +124,7 @@ def naive_attention(
     scores = torch.empty(batch, heads, queries, keys, dtype=q.dtype, device=q.device)
     o = torch.empty_like(q)
     rows = ceil_div(queries, BLOCK)
-    tile = {"GROUP": heads // k.shape[1], "D": head_dim, "BLOCK_D": columns(head_dim)}
+    tile: dict[str, Any] = {"GROUP": heads // k.shape[1], "D": head_dim, "BLOCK_D": columns(head_dim)}
     tile |= {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK, "num_warps": 4, "interpret": backend == "interpret"}
     launch(
         scores_kernel, (rows * ceil_div(keys, BLOCK), batch * heads),

@@ -17,6 +17,7 @@ Grouped queries (GQA): query heads h·G … h·G + G − 1 share key/value head 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -73,10 +74,8 @@ def reference_varlen(
     Returns (o [ΣS, Hq, D], log-sum-exp [Hq, ΣS]).
     """
     outs, lses = [q[:0]], [q[:0, :, 0].T.to(torch.float64 if q.dtype == torch.float64 else torch.float32)]
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for (q0, q1), (k0, k1) in zip(
-        zip(ends_q, ends_q[1:], strict=False), zip(ends_k, ends_k[1:], strict=False), strict=True
-    ):
+    sequences = zip(*(itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_q, cu_seqlens_k)), strict=True)
+    for (q0, q1), (k0, k1) in sequences:
         one = (q[q0:q1], k[k0:k1], v[k0:k1])
         o, lse = reference(
             *(x.transpose(0, 1).unsqueeze(0) for x in one), causal=causal, scale=scale, window=window

@@ -360,7 +360,7 @@ def _type(kernel: str, name: str, value: Any) -> tuple[str, bool]:
         return "fp32", False
     if hasattr(value, "block_shape") and hasattr(value, "base"):
         shape = ", ".join(map(str, value.block_shape))
-        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's: how a tile lies in memory
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # in Gluon, how a tile lies
         return f"tensordesc<{_TYPES[str(value.base.dtype).removeprefix('torch.')]}[{shape}]{layout}>", False
     dtype = _TYPES.get(
         str(getattr(value, "dtype", "")).removeprefix("torch."), str(getattr(value, "dtype", ""))

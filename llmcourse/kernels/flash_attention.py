@@ -2,18 +2,18 @@
 
     q [B, Hq, S, D]   k, v [B, Hkv, T, D]   →   o [B, Hq, S, D]
 
-    rung        file                     memory beside q, k, v, o           bytes moved, S = T, a head
-    reference   attention_reference.py   scores and weights, 2·S·T          by torch
-    naive       attention_naive.py       scores, S·T                        ≥ 4·S² numbers
-    pointer     flash_forward.py         a number a query                   2·S·D + 2·S·D·⌈S / BLOCK_M⌉ numbers
-    descriptor  the same kernels         the same                           the same, by Hopper's copy engine
-    hopper      flash_hopper.py          the same                           the same, softmax under the products
+    rung        file                     numbers stored      numbers moved, S = T, a head
+    reference   attention_reference.py   2·S², both kept     torch's
+    naive       attention_naive.py       S²                  4·S² and q, k, v tile by tile
+    pointer     flash_forward.py         S                   2·S·D + 2·S·D·⌈S / BLOCK_M⌉
+    descriptor  the same kernels         S                   the same, by Hopper's copy engine
+    hopper      flash_hopper.py          S                   the same, softmax beside the products
 
-The last two columns are the idea (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691): a tile of
-scores is used up where it is made, in registers. With BLOCK_M = 128 the keys and values are read S/128 times,
-which costs less than one S × S matrix as soon as D < 128·2 — and they come from the L2 cache, the matrix would
-not. FLOPs are those of the formula, half of them when causal (`flash_cost.py`); backward computes the weights
-again instead of reading them (`flash_backward.py`).
+The idea (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691): a tile of scores is used up where
+it is made, in registers. Keys and values are read again for every block of queries instead: with
+BLOCK_M = 128 and D = 64 as many bytes as one S × S matrix has, and most come from the L2 cache, which the
+matrix would not fit. FLOPs are those of the formula, half of them when causal (`flash_cost.py`); backward
+computes the weights again instead of reading them (`flash_backward.py`).
 
 `attention` and `attention_varlen` check, choose and launch. They are one operator for PyTorch,
 `llmcourse::flash_attention`, whose kernels torch.compile does not look into: it needs to know the shapes
@@ -28,18 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcourse.errors import DeviceError, ShapeError
+from llmcourse.errors import DeviceError
 from llmcourse.kernels.attention_reference import reference, reference_varlen
-from llmcourse.kernels.checks import DtypeError, StrideError, check_float, check_together, choose
+from llmcourse.kernels.checks import StrideError, choose
 from llmcourse.kernels.flash_backward import backward as launch_backward
+from llmcourse.kernels.flash_checks import check, check_backward, lengths
 from llmcourse.kernels.flash_cost import Sizes, bytes_moved, flops, minimum_bytes
 from llmcourse.kernels.flash_forward import forward as launch_forward
-from llmcourse.kernels.flash_plan import INTERPRETED, Plan, plan_for, unusable
+from llmcourse.kernels.flash_plan import HOPPER, INTERPRETED, Plan, plan_for, unusable
 
 __all__ = ["Plan", "Sizes", "attention", "attention_varlen", "bytes_moved", "flops", "minimum_bytes"]
-
-BACKWARD_HEAD_DIM = 128
-FORWARD_HEAD_DIM = 256
 
 
 def attention(
@@ -56,10 +54,11 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale·q·kᵀ)·v, differentiable in q, k and v, without a matrix of scores.
 
-    Shapes   q [B, Hq, S, D], k and v [B, Hkv, T, D], Hq a multiple of Hkv; D a multiple of 8, to 128 (256 without
-             gradient), contiguous; other strides are free, so that x.view(B, S, H, D).transpose(1, 2) is not copied.
-             Returns o of q's shape, format and order of dimensions; with return_lse also the natural
-             log-sum-exp of each query's scores [B, Hq, S] in float32, which may be differentiated too.
+    Shapes   q [B, Hq, S, D], k and v [B, Hkv, T, D], Hq a multiple of Hkv; D a multiple of 8, to 128 (256
+             without gradient), contiguous; other strides are free, so that
+             x.view(B, S, H, D).transpose(1, 2) is not copied. Returns o of q's shape, format and order of
+             dimensions; with return_lse also the natural log-sum-exp of each query's scores [B, Hq, S] in
+             float32, which may be differentiated too.
     causal   query i is at position T − S + i and sees keys up to there; a query before the first key
              sees none: o = 0, lse = −∞
     scale    1/√D if None; positive
@@ -107,8 +106,8 @@ def attention_varlen(
              cu_seqlens_q[n] … cu_seqlens_q[n + 1] − 1; cu_seqlens_k the same for k and v (None: as q's).
              Sequences may be empty. Returns o [ΣS, Hq, D]; the log-sum-exp is [Hq, ΣS].
     max_seqlen_q, max_seqlen_k   the longest lengths, or more. Without them they are read from cu_seqlens,
-             for which the CPU waits for the GPU, and cu_seqlens' numbers are checked. With them nothing is read.
-             Under torch.compile they are ΣS and ΣT if not given: right, with programs that have nothing to do.
+             for which the CPU waits for the GPU, and its numbers are checked. With them, nothing is read.
+             Under torch.compile they are ΣS and ΣT if not given: right, with programs that do nothing.
     Others   as for `attention`.
     """
     window = window or 0
@@ -129,7 +128,18 @@ def attention_varlen(
     check_backward(q, k, v)
     number = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     o, lse = flash_attention(
-        q, k, v, cu_seqlens_q, cu_k, max_q, max_k, causal, number, window, str(plan or ""), backend == "interpret"
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_k,
+        max_q,
+        max_k,
+        causal,
+        number,
+        window,
+        str(plan or ""),
+        backend == "interpret",
     )
     return (o, lse) if return_lse else o
 
@@ -153,11 +163,15 @@ def flash_attention(
     interpret: bool,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse), launched. Arguments are checked by the functions above."""
-    tiles = chosen_plan(plan, q, k, v, causal=causal, window=window, packed=cu_q is not None, interpret=interpret)
-    if tiles.forward.rung == "hopper" and not interpret:
-        from llmcourse.kernels.flash_hopper import flash_forward
+    tiles = chosen_plan(
+        plan, q, k, v, causal=causal, window=window, packed=cu_q is not None, interpret=interpret
+    )
+    if tiles.forward.rung == "hopper":
+        from llmcourse.kernels import flash_hopper
 
-        return flash_forward(q, k, v, causal, scale, window)
+        if interpret:
+            return flash_hopper.forward(q, k, v, causal=causal, scale=scale, interpret=True)
+        return flash_hopper.flash_forward(q, k, v, causal, scale, window, tiles.forward)
     return launch_forward(
         q, k, v, causal=causal, scale=scale, window=window, tiles=tiles.forward, cu_q=cu_q, cu_k=cu_k,
         max_q=max_q, interpret=interpret,
@@ -193,10 +207,12 @@ def flash_attention_backward(
     interpret: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), launched."""
-    tiles = chosen_plan(plan, q, k, v, causal=causal, window=window, packed=cu_q is not None, interpret=interpret)
+    tiles = chosen_plan(
+        plan, q, k, v, causal=causal, window=window, packed=cu_q is not None, interpret=interpret
+    )
     return launch_backward(
-        do, q, k, v, o, lse, dlse, causal=causal, scale=scale, window=window, plan=tiles, cu_q=cu_q, cu_k=cu_k,
-        max_q=max_q, max_k=max_k, interpret=interpret,
+        do, q, k, v, o, lse, dlse, causal=causal, scale=scale, window=window, plan=tiles,
+        cu_q=cu_q, cu_k=cu_k, max_q=max_q, max_k=max_k, interpret=interpret,
     )  # fmt: skip
 
 
@@ -232,11 +248,13 @@ def chosen_plan(
     reason = unusable(q, k, v, packed=packed)
     if text:
         plan = Plan.parse(text)
+        if plan.forward.rung == "hopper":
+            reason = reason or why_not_hopper(q, k, v, window=window, interpret=interpret)
         if reason and any(tiles.rung != "pointer" for tiles in plan):
             raise StrideError(
                 f"the plan {text!r} cannot read these tensors: {reason}.",
-                "The copy engine takes tensors [B, H, tokens, D] whose start and strides are multiples of 16 bytes.",
-                "plan=None, which reads any strides, or tensors of such strides.",
+                "The copy engine takes [B, H, tokens, D] whose start and strides are multiples of 16 bytes.",
+                "plan=None, which takes any tensors, or a plan of the rung 'pointer'.",
             )
         return plan
     if interpret:
@@ -249,136 +267,12 @@ def chosen_plan(
             "Its multiplication came with the A100 (8.0).",
             "q.half(), k.half(), v.half().",
         )
-    return plan_for(
-        q.shape[-1], q.dtype, capability, causal=causal, window=window, descriptors=not reason
-    )
+    hopper = not reason and bool(HOPPER) and not why_not_hopper(q, k, v, window=window)
+    return plan_for(q.shape[-1], q.dtype, capability, causal=causal, descriptors=not reason, hopper=hopper)
 
 
-# checks
+def why_not_hopper(q: Tensor, k: Tensor, v: Tensor, *, window: int, interpret: bool = False) -> str:
+    """Why the rung `hopper` cannot run; empty if it can."""
+    from llmcourse.kernels import flash_hopper
 
-
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    scale: float | None,
-    window: int,
-    packed: bool = False,
-) -> None:
-    """Raise unless these can be attended to: shapes, formats, devices, strides, scale and window."""
-    check_float("q", q)
-    for name, x in (("k", k), ("v", v)):
-        check_float(name, x, (q.dtype,))
-    dims, shape = (3, "[tokens, heads, head_dim]") if packed else (4, "[batch, heads, tokens, head_dim]")
-    if q.dim() != dims or k.dim() != dims:
-        raise ShapeError(
-            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}.",
-            f"Attention reads {shape}" + (", sequences one after another." if packed else "."),
-            "x.flatten(0, 1)." if packed else "x.view(B, S, H, D).transpose(1, 2).",
-        )
-    if v.shape != k.shape:
-        raise ShapeError(
-            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}.",
-            "Every key comes with one value, of the same head dim.",
-            f"v of shape {tuple(k.shape)}.",
-        )
-    check_together(q=q, k=k, v=v)
-    head_dim = q.shape[-1]
-    if k.shape[-1] != head_dim or (not packed and k.shape[0] != q.shape[0]):
-        raise ShapeError(
-            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}.",
-            "A score is the product of a query and a key of one batch entry, over the head dim.",
-            "k of the same head dim" + ("." if packed else " and batch."),
-        )
-    heads, kv_heads = (q.shape[1], k.shape[1])
-    if kv_heads == 0 or heads % kv_heads:
-        near = max(d for d in range(1, min(heads, kv_heads) + 1) if heads % d == 0) if heads and kv_heads else 1
-        raise ShapeError(
-            f"{heads} query heads cannot share {kv_heads} key/value heads.",
-            "Grouped-query attention gives each key/value head the same number of query heads.",
-            f"{near} key/value heads.",
-        )
-    if head_dim % 8 or not 8 <= head_dim <= FORWARD_HEAD_DIM:
-        raise ShapeError(
-            f"the head dim is {head_dim}.",
-            f"A row is read 16 bytes at a time and kept on the chip whole: multiples of 8 up to {FORWARD_HEAD_DIM}.",
-            f"padding q, k and v with zeros to {min(max(8, -(-head_dim // 8) * 8), FORWARD_HEAD_DIM)}, and scale="
-            f"{head_dim}**-0.5."
-            if head_dim < FORWARD_HEAD_DIM
-            else "more heads of a smaller dim.",
-        )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1:
-            raise StrideError(
-                f"{name} of shape {tuple(x.shape)} has strides {x.stride()}.",
-                "The kernel reads the numbers of a head side by side; the other dimensions may lie anyhow.",
-                f"{name}.contiguous().",
-            )
-    if scale is not None and not 0 < scale < math.inf:
-        raise ShapeError(
-            f"scale is {scale}.",
-            "The largest score is found before the scale is applied, so that it must be positive and finite.",
-            "scale=None for 1/√D, or −q with −scale.",
-        )
-    if window < 0 or (window and not causal):
-        raise ShapeError(
-            f"window is {window}" + (" without causal." if window > 0 else "."),
-            "The window is the last W keys up to the query's own position.",
-            "causal=True, or window=None." if window > 0 else "window=None for no limit.",
-        )
-
-
-def check_backward(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise if a gradient will be wanted that the kernels cannot give."""
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if wanted and q.shape[-1] > BACKWARD_HEAD_DIM:
-        raise ShapeError(
-            f"the head dim is {q.shape[-1]}, and a gradient is wanted.",
-            f"Backward keeps two sums of a block's size on the chip, which has room up to {BACKWARD_HEAD_DIM}.",
-            "torch.no_grad(), or flash_attention.reference.",
-        )
-
-
-def lengths(name: str, cu_seqlens: Tensor, x: Tensor, longest: int | None) -> int:
-    """The longest sequence (or a bound), after cu_seqlens has been checked as far as it can be read."""
-    if cu_seqlens.dtype != torch.int32:
-        raise DtypeError(
-            f"{name} is {str(cu_seqlens.dtype).removeprefix('torch.')}.",
-            "The kernel loads 32-bit row numbers.",
-            f"{name}.int().",
-        )
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or (len(cu_seqlens) > 1 and cu_seqlens.stride(0) != 1):
-        raise ShapeError(
-            f"{name} has shape {tuple(cu_seqlens.shape)}.",
-            "It holds, side by side, the first row of each of N sequences and the end of the last: N + 1 numbers.",
-            "torch.cat((zero, lengths.cumsum(0))).int().",
-        )
-    check_together(q=x, **{name: cu_seqlens})
-    if torch.compiler.is_compiling():
-        return len(x) if longest is None else longest
-    if longest is not None and cu_seqlens.is_cuda:
-        return longest
-    numbers = cu_seqlens.tolist()
-    sizes = [after - before for before, after in zip(numbers, numbers[1:], strict=False)]
-    if numbers[0] != 0 or numbers[-1] != len(x) or min(sizes, default=0) < 0:
-        what = (
-            f"starts with {numbers[0]}"
-            if numbers[0] != 0
-            else f"falls from {numbers[i := next(i for i, n in enumerate(sizes) if n < 0)]} to {numbers[i + 1]}"
-            if min(sizes, default=0) < 0
-            else f"ends with {numbers[-1]}, and there are {len(x)} rows"
-        )
-        raise ShapeError(
-            f"{name} {what}.",
-            "Sequence n is in rows cu_seqlens[n] to cu_seqlens[n + 1] − 1, and together they are all rows.",
-            f"numbers that rise from 0 to {len(x)}.",
-        )
-    if longest is not None and longest < max(sizes, default=0):
-        raise ShapeError(
-            f"the longest sequence of {name} has {max(sizes)} rows, and {longest} are said to be the most.",
-            "Programs are started for as many blocks as the longest sequence has; rows beyond would be left out.",
-            f"{max(sizes)} or more.",
-        )
-    return max(sizes, default=0) if longest is None else longest
+    return "it has no window" if window else flash_hopper.unsupported(q, k, v, interpret=interpret)

@@ -12,8 +12,8 @@ numbers in place of T. (A gradient of the log-sum-exp itself, where it is used, 
 Three launches, none of which needs atomic additions, so that the result is the same every time:
 
     rows_kernel    a program a block of queries: delta, and lse in base 2
-    dkdv_kernel    a program a block of keys: dK and dV stay in registers, queries stream by, those of all
-                   query heads of its group one after another, which is GQA's sum over heads
+    dkdv_kernel    a program a block of keys: dK and dV stay in registers, the queries of all heads of its
+                   group stream by, which is GQA's sum over heads
     dq_kernel      a program a block of queries: dQ stays, keys stream by
 
 Tiles of p and dP are computed in both, 7 matrix products in place of 5. The alternative, one kernel that adds
@@ -80,21 +80,36 @@ def rows_kernel(
 
 @triton.jit
 def sum_over_queries(
-    dk, dv, k, v, q, do, lse2, delta, batch, head, low, high, n, queries, keys, offset, window,
-    q_token, do_token, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, q, do, lse2, delta, batch, first_head, low, high, n, queries, keys, offset, window,
+    q_head, q_token, do_head, do_token, row_head, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """(dk, dv) after the queries from low to high. Tiles are transposed, [BLOCK_N, BLOCK_M]."""
-    for i in range(low, high, BLOCK_M):
-        q_tile = load_tile(q, batch, head, i, queries, q_token, D, BLOCK_M, BLOCK_D, MASKED, DESCRIPTOR)
-        rows = i + tl.arange(0, BLOCK_M)
+    """(dk, dv) after the queries from low to high of GROUP heads. Tiles are transposed, [BLOCK_N, BLOCK_M].
+
+    One loop over the blocks of all heads: a loop of heads around it would empty the pipeline of loads at the
+    end of each, and keep more alive between.
+    """
+    blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
+    for step in range(0, blocks * GROUP):
+        if GROUP == 1:
+            head = first_head
+            i = low + step * BLOCK_M
+        else:
+            head = first_head + step // blocks
+            i = low + step % blocks * BLOCK_M
+        wide_head = tl.cast(head, tl.int64)
+        q_at = q if DESCRIPTOR else q + wide_head * q_head
+        do_at = do if DESCRIPTOR else do + wide_head * do_head
+        rows = wide_head * row_head + i + tl.arange(0, BLOCK_M)
+        q_tile = load_tile(q_at, batch, head, i, queries, q_token, D, BLOCK_M, BLOCK_D, MASKED, DESCRIPTOR)
         s = tl.dot(k, q_tile.T, input_precision="ieee")
         p = tl.exp2(s * scale_log2 - tl.load(lse2 + rows)[None, :])
         if MASKED and (CAUSAL or WINDOW):
+            position = offset + i + tl.arange(0, BLOCK_M)[None, :]
             key = n + tl.arange(0, BLOCK_N)[:, None]
-            p = tl.where(seen(rows[None, :] + offset, key, keys, window, CAUSAL, WINDOW), p, 0.0)
-        do_tile = load_tile(do, batch, head, i, queries, do_token, D, BLOCK_M, BLOCK_D, MASKED, DESCRIPTOR)
+            p = tl.where(seen(position, key, keys, window, CAUSAL, WINDOW), p, 0.0)
+        do_tile = load_tile(do_at, batch, head, i, queries, do_token, D, BLOCK_M, BLOCK_D, MASKED, DESCRIPTOR)
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dp = tl.dot(v, do_tile.T, input_precision="ieee")
         ds = p * (dp - tl.load(delta + rows)[None, :])
@@ -132,31 +147,29 @@ def dkdv_kernel(
         full_high = high  # a descriptor fills what is beyond the last query with zeros, which add nothing
     dk_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-        lse_at = at_head(lse2, batch, head, q_start, row_batch, row_head, 1)
-        delta_at = at_head(delta, batch, head, q_start, row_batch, row_head, 1)
-        if DESCRIPTOR:
-            q_at, do_at = q, do
-        else:
-            q_at = at_head(q, batch, head, q_start, q_batch, q_head, q_token)
-            do_at = at_head(do, batch, head, q_start, do_batch, do_head, do_token)
-        if CAUSAL:
-            dk_sum, dv_sum = sum_over_queries(
-                dk_sum, dv_sum, k_tile, v_tile, q_at, do_at, lse_at, delta_at, batch, head, low, full_low, n,
-                queries, keys, offset, window, q_token, do_token, scale_log2,
-                D, BLOCK_M, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, DESCRIPTOR,
-            )  # fmt: skip
+    head = kv_head * GROUP
+    if not DESCRIPTOR:
+        q = at_head(q, batch, 0, q_start, q_batch, q_head, q_token)
+        do = at_head(do, batch, 0, q_start, do_batch, do_head, do_token)
+    lse2 = at_head(lse2, batch, 0, q_start, row_batch, row_head, 1)
+    delta = at_head(delta, batch, 0, q_start, row_batch, row_head, 1)
+    if CAUSAL:
         dk_sum, dv_sum = sum_over_queries(
-            dk_sum, dv_sum, k_tile, v_tile, q_at, do_at, lse_at, delta_at, batch, head, full_low, full_high, n,
-            queries, keys, offset, window, q_token, do_token, scale_log2,
-            D, BLOCK_M, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, DESCRIPTOR,
+            dk_sum, dv_sum, k_tile, v_tile, q, do, lse2, delta, batch, head, low, full_low, n, queries,
+            keys, offset, window, q_head, q_token, do_head, do_token, row_head, scale_log2,
+            GROUP, D, BLOCK_M, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, DESCRIPTOR,
         )  # fmt: skip
-        if WINDOW or not DESCRIPTOR:
-            dk_sum, dv_sum = sum_over_queries(
-                dk_sum, dv_sum, k_tile, v_tile, q_at, do_at, lse_at, delta_at, batch, head, full_high, high, n,
-                queries, keys, offset, window, q_token, do_token, scale_log2,
-                D, BLOCK_M, BLOCK_N, BLOCK_D, True, False, WINDOW, DESCRIPTOR,
-            )  # fmt: skip
+    dk_sum, dv_sum = sum_over_queries(
+        dk_sum, dv_sum, k_tile, v_tile, q, do, lse2, delta, batch, head, full_low, full_high, n,
+        queries, keys, offset, window, q_head, q_token, do_head, do_token, row_head, scale_log2,
+        GROUP, D, BLOCK_M, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, DESCRIPTOR,
+    )  # fmt: skip
+    if WINDOW or not DESCRIPTOR:
+        dk_sum, dv_sum = sum_over_queries(
+            dk_sum, dv_sum, k_tile, v_tile, q, do, lse2, delta, batch, head, full_high, high, n, queries,
+            keys, offset, window, q_head, q_token, do_head, do_token, row_head, scale_log2,
+            GROUP, D, BLOCK_M, BLOCK_N, BLOCK_D, True, False, WINDOW, DESCRIPTOR,
+        )  # fmt: skip
     dk = at_head(dk, batch, kv_head, k_start, dk_batch, dk_head, dk_token)
     dv = at_head(dv, batch, kv_head, k_start, dv_batch, dv_head, dv_token)
     store_tile(dk, dk_sum * scale, n, keys, dk_token, D, BLOCK_N, BLOCK_D)

@@ -1,9 +1,9 @@
 """What FlashAttention must compute and move: FLOPs by visible pairs, bytes by the tiles that are loaded.
 
-A FLOP count that is the same for every kernel makes times comparable: 4·D FLOPs for each pair of a query and a
-key that it sees (a product with k and one with v, a multiplication and an addition each), 10·D backward (five
-products). What a kernel computes beyond that (the hidden half of a tile at the diagonal, weights computed
-twice) is its own loss.
+A FLOP count that is the same for every kernel makes times comparable: 4·D FLOPs for each pair of a query and
+a key that it sees (a product with k and one with v, a multiplication and an addition each), 10·D backward
+(five products). What a kernel computes beyond that (the hidden half of a tile at the diagonal, weights
+computed twice) is its own loss.
 
 The bytes are those that the programs ask for. Most of them come from the L2 cache on a GPU, as the keys of a
 head are asked for by every block of queries; what memory must give at least is `minimum_bytes`.
@@ -39,7 +39,9 @@ class Sizes:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, *, causal: bool = False, window: int | None = None) -> Sizes:
         """Of q [B, Hq, S, D] and k [B, Hkv, T, D]."""
-        return cls(*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], q.element_size(), causal, window or 0)
+        (batch, heads, queries, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
+        size = q.element_size()
+        return cls(batch, heads, kv_heads, queries, keys, head_dim, size, causal, window or 0)
 
 
 def visible_pairs(queries: int, keys: int, *, causal: bool = False, window: int = 0) -> int:
@@ -111,7 +113,7 @@ def rows_bytes(sizes: Sizes) -> tuple[int, int]:
 
 
 def dkdv_bytes(sizes: Sizes, tiles: Tiles) -> tuple[int, int]:
-    """A block of keys and values is loaded once, and for it q, dO and two numbers of the queries that see it."""
+    """A block of keys and values is loaded once, and for it q, dO and two numbers of queries that see it."""
     s = sizes
     row = s.head_dim * s.itemsize
     group = s.heads // s.kv_heads if s.kv_heads else 0

@@ -1,16 +1,16 @@
 """FlashAttention, forward: attention without its matrix of scores (Dao et al. 2022, arXiv:2205.14135).
 
 The S × T scores are never in memory. A program keeps BLOCK_M queries and, for each, three things: the largest
-score so far m, the sum l of 2^(score − m), and the sum acc of 2^(score − m)·v. It walks along the keys. A
+score so far m, the total of 2^(score − m), and the sum acc of 2^(score − m)·v. It walks along the keys. A
 new block may raise m; then what was summed under the old m is too large by 2^(m_new − m_old), and shrinks by
 that factor before the new block is added:
 
     m_new = max(m, max s)      shrink = 2^(m − m_new)
-    l     = l·shrink + Σ 2^(s − m_new)
-    acc   = acc·shrink + 2^(s − m_new)·V                 at the end: o = acc / l,  lse = m + log l
+    total = total·shrink + Σ 2^(s − m_new)
+    acc   = acc·shrink + 2^(s − m_new)·V                 at the end: o = acc / total,  lse = m + log total
 
-Base 2, because the GPU's exponential is one of base 2: with c = scale·log₂e, exp(scale·s) = 2^(c·s), and c·s −
-c·m is one multiply-add.
+Base 2, because the GPU's exponential is one of base 2: with c = scale·log₂e, exp(scale·s) = 2^(c·s), and
+c·s − c·m is one multiply-add.
 
 Three loops in place of one: under a causal mask only the blocks at the diagonal (and at the far end of a
 window) need the mask; those between are whole, and the blocks beyond are skipped. Where `flash_tiles.py` says
@@ -37,11 +37,11 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def attend(
-    acc, m, l, q, k, v, batch, kv_head, low, high, first, keys, window, k_token, v_token, scale_log2,
+    acc, m, total, q, k, v, batch, kv_head, low, high, first, keys, window, k_token, v_token, scale_log2,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """(acc, m, l) after the blocks of keys from low to high."""
+    """(acc, m, total) after the blocks of keys from low to high."""
     for n in range(low, high, BLOCK_N):
         k_tile = load_tile(k, batch, kv_head, n, keys, k_token, D, BLOCK_N, BLOCK_D, MASKED, DESCRIPTOR)
         s = tl.dot(q, k_tile.T, input_precision="ieee")
@@ -55,11 +55,11 @@ def attend(
             base = tl.where(m_new == float("-inf"), 0.0, base)
         p = tl.exp2(s * scale_log2 - base[:, None])
         shrink = tl.exp2(m * scale_log2 - base)
-        l = l * shrink + tl.sum(p, 1)
+        total = total * shrink + tl.sum(p, 1)
         v_tile = load_tile(v, batch, kv_head, n, keys, v_token, D, BLOCK_N, BLOCK_D, MASKED, DESCRIPTOR)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
         m = m_new
-    return acc, m, l
+    return acc, m, total
 
 
 @triton.jit
@@ -89,23 +89,23 @@ def forward_kernel(
     low, full_low, full_high, high = key_range(first, last, keys, window, BLOCK_N, CAUSAL, WINDOW)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     if WINDOW:
-        acc, m, l = attend(
-            acc, m, l, q_tile, k, v, batch, kv_head, low, full_low, first, keys, window, k_token, v_token,
+        acc, m, total = attend(
+            acc, m, total, q_tile, k, v, batch, kv_head, low, full_low, first, keys, window, k_token, v_token,
             scale_log2, D, BLOCK_M, BLOCK_N, BLOCK_D, True, CAUSAL, WINDOW, DESCRIPTOR,
         )  # fmt: skip
-    acc, m, l = attend(
-        acc, m, l, q_tile, k, v, batch, kv_head, full_low, full_high, first, keys, window, k_token, v_token,
-        scale_log2, D, BLOCK_M, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, DESCRIPTOR,
+    acc, m, total = attend(
+        acc, m, total, q_tile, k, v, batch, kv_head, full_low, full_high, first, keys, window,
+        k_token, v_token, scale_log2, D, BLOCK_M, BLOCK_N, BLOCK_D, False, CAUSAL, WINDOW, DESCRIPTOR,
     )  # fmt: skip
-    acc, m, l = attend(
-        acc, m, l, q_tile, k, v, batch, kv_head, full_high, high, first, keys, window, k_token, v_token,
+    acc, m, total = attend(
+        acc, m, total, q_tile, k, v, batch, kv_head, full_high, high, first, keys, window, k_token, v_token,
         scale_log2, D, BLOCK_M, BLOCK_N, BLOCK_D, True, CAUSAL, False, DESCRIPTOR,
     )  # fmt: skip
-    nothing = l == 0.0
-    acc = acc / tl.where(nothing, 1.0, l)[:, None]
-    log_sum = tl.where(nothing, float("-inf"), (m * scale_log2 + tl.log2(l)) * 0.6931471805599453)
+    nothing = total == 0.0
+    acc = acc / tl.where(nothing, 1.0, total)[:, None]
+    log_sum = tl.where(nothing, float("-inf"), (m * scale_log2 + tl.log2(total)) * 0.6931471805599453)
     rows = row + tl.arange(0, BLOCK_M)
     lse = at_head(lse, batch, head, q_start, lse_batch, lse_head, 1)
     tl.store(lse + rows, log_sum, mask=rows < queries)
@@ -146,8 +146,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The launch, without checks: (o, log-sum-exp) of q [B, Hq, S, D], k and v [B, Hkv, T, D].
 
-    With cu_q and cu_k [N + 1]: of packed q [ΣS, Hq, D], k and v [ΣT, Hkv, D], the longest of max_q queries; the
-    log-sum-exp is [Hq, ΣS] then.
+    With cu_q and cu_k [N + 1]: of packed q [ΣS, Hq, D], k and v [ΣT, Hkv, D], the longest of max_q queries;
+    the log-sum-exp is [Hq, ΣS] then.
     """
     o = torch.empty_like(q)
     if cu_q is None:

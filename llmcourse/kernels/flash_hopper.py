@@ -23,9 +23,9 @@ from llmcourse.kernels.launch import ceil_div
 LOG2_E = 1.4426950408889634
 ROWS = 64  # queries of a consumer: the M of a WGMMA
 REGISTERS = {2: (168, 240, 24), 3: (128, 160, 32)}
-"""By number of consumers: registers a thread at the start, then of a consumer's and of the producer's threads.
-(consumers + 1) · 128 threads share 65,536 registers (of the producer's four warps three are idle), and counts go
-in steps of eight."""
+"""By number of consumers: registers a thread at the start, then a consumer's and the producer's thread.
+(consumers + 1) · 128 threads share 65,536 registers (three of the producer's four warps are idle), and counts
+go in steps of eight."""
 
 
 class Schedule(NamedTuple):

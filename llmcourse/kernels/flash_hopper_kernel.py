@@ -1,24 +1,24 @@
 """FlashAttention for Hopper by hand: copy engine, asynchronous tensor cores, warps with different jobs.
 
-`flash_forward.py` says *what* to compute and leaves *when* to Triton. Its loop multiplies, waits, computes the
-softmax, multiplies again: the tensor cores stand still during the exponentials, the exponential units during
-the products (`attention_ceiling.py` says what that costs). Here the *when* is written down, in Gluon: same
-compiler, but layouts, copies, barriers and warps are the program's own.
+`flash_forward.py` says *what* to compute and leaves *when* to Triton. Its loop multiplies, waits, computes
+the softmax, multiplies again: the tensor cores stand still during the exponentials, the exponential units
+during the products (`attention_ceiling.py` says what that costs). Here the *when* is written down, in
+Gluon: same compiler, but layouts, copies, barriers and warps are the program's own.
 
 **Producer and consumers.** One warp (the producer) does nothing but ask the copy engine (TMA) for blocks of K
 and V, STAGES of them ahead. Two or three groups of four warps (the consumers) each hold 64 queries and work
 on what has come. All share the blocks, so that a block is fetched once for 128 or 192 queries. The producer
 gives its registers to the consumers: it keeps 24 a thread, they have 240 (or 32 and 160).
 
-**Barriers.** A block changes hands through two barriers in shared memory: `ready` (the copy engine has written
-all its bytes) and `free` (every consumer has done with it). A barrier has a phase bit that flips whenever it
-completes; whoever waits, waits for a phase. Block number i is in slot i % STAGES, in round i // STAGES, and
-the round's lowest bit is the phase to wait for.
+**Barriers.** A block changes hands through two barriers in shared memory: `ready` (the copy engine has
+written all its bytes) and `free` (every consumer has done with it). A barrier has a phase bit that flips
+whenever it completes; whoever waits, waits for a phase. Block number i is in slot i % STAGES, in round i //
+STAGES, and the round's lowest bit is the phase to wait for.
 
-**Asynchronous products.** A WGMMA is issued and runs by itself; the warps go on until they wait for it. Before
-the softmax of block i a consumer has issued *two* products: the scores of block i and behind them the output of
-block i − 1. With OVERLAP it waits for the scores only, and the softmax of block i runs beside the output
-product of block i − 1 (Shah et al. 2024, arXiv:2407.08608, section 3.2).
+**Asynchronous products.** A WGMMA is issued and runs by itself; the warps go on until they wait for it.
+Before the softmax of block i a consumer has issued *two* products: the scores of block i and behind them
+the output of block i − 1. With OVERLAP it waits for the scores only, and the softmax of block i runs beside
+the output product of block i − 1 (Shah et al. 2024, arXiv:2407.08608, section 3.2).
 
 **Ping-pong.** With ORDERED the consumers take turns at issuing: one's products run while another computes its
 softmax (section 3.1). A turn is passed on through a barrier of its own.
@@ -30,7 +30,7 @@ The registers of a product's left side may be read until the product ends. Older
 12.9) can lose track of that where the same registers feed a later product too, so only the weights, each used
 once, go in by registers; the queries stay in shared memory.
 
-`flash_hopper.py` launches this; `gluon_threads.py` runs it without a GPU and finds what is wrong with barriers.
+`flash_hopper.py` launches this; `gluon_threads.py` runs it without a GPU and finds mistakes in its barriers.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ def slot(i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, q_buffer, k_buffer, v_buffer, q_barriers, k_barriers, v_barriers, sizes,
+def produce(q_desc, k_desc, v_desc, buffers, q_barriers, k_barriers, v_barriers, sizes,
             CAUSAL: gl.constexpr, PERSISTENT: gl.constexpr):
     """Ask for the queries of each tile, then for its blocks of K and V."""
     q_ready, q_free = q_barriers
     k_ready, k_free = k_barriers
     v_ready, v_free = v_barriers
+    q_buffer, k_buffer, v_buffer = buffers
     S, T, heads, group, blocks, tiles, band = sizes
     GROUPS: gl.constexpr = q_buffer.shape[0]
     STAGES: gl.constexpr = k_buffer.shape[0]
@@ -200,9 +201,9 @@ def here(total):
 
 
 @gluon.jit
-def next_block(q, p, o, top, total, i, row, column, k_buffer, v_buffer, k_barriers, v_barriers, turn, S, T, scale,
-               W: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr, ORDERED: gl.constexpr,
-               OVERLAP: gl.constexpr, layout: gl.constexpr):
+def next_block(q, p, o, top, total, i, row, column, k_buffer, v_buffer, k_barriers, v_barriers, turn,
+               S, T, scale, W: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
+               ORDERED: gl.constexpr, OVERLAP: gl.constexpr, layout: gl.constexpr):
     """(p, o, top, total) with scores and softmax of block number i, and the output of the block before it.
 
     p   weights: of the block before, and returned of this one
@@ -230,13 +231,13 @@ def next_block(q, p, o, top, total, i, row, column, k_buffer, v_buffer, k_barrie
 
 
 @gluon.jit
-def consume(W: gl.constexpr, o_desc, lse, q_buffer, k_buffer, v_buffer, q_barriers, k_barriers, v_barriers, turn,
-            sizes, scale, CAUSAL: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr,
-            PERSISTENT: gl.constexpr):
+def consume(W: gl.constexpr, o_desc, lse, buffers, q_barriers, k_barriers, v_barriers, turn, sizes, scale,
+            CAUSAL: gl.constexpr, ORDERED: gl.constexpr, OVERLAP: gl.constexpr, PERSISTENT: gl.constexpr):
     """Output and log-sum-exp of group W's 64 queries of each tile."""
     q_ready, q_free = q_barriers
     k_ready, k_free = k_barriers
     v_ready, v_free = v_barriers
+    q_buffer, k_buffer, v_buffer = buffers
     S, T, heads, _group, blocks, tiles, band = sizes
     GROUPS: gl.constexpr = q_buffer.shape[0]
     STAGES: gl.constexpr = k_buffer.shape[0]
@@ -343,18 +344,24 @@ def hopper_kernel(q_desc, k_desc, v_desc, o_desc, lse, S, T, heads, group, block
     turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], hopper.mbarrier.MBarrierLayout())
     for w in gl.static_range(GROUPS):
         hopper.mbarrier.init(turn.index(w), count=1)
+    kept = (q, k, v)
     sizes = (S, T, heads, group, blocks, tiles, band)
-    # Written out: a tuple given a name would turn its constants into variables.
+    # Written out, since constants in a tuple that has a name become variables.
     if GROUPS == 2:
         gl.warp_specialize([
-            (consume, (0, o_desc, lse, q, k, v, qb, kb, vb, turn, sizes, scale, CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
-            (consume, (1, o_desc, lse, q, k, v, qb, kb, vb, turn, sizes, scale, CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
-            (produce, (q_desc, k_desc, v_desc, q, k, v, qb, kb, vb, sizes, CAUSAL, PERSISTENT)),
+            (consume, (0, o_desc, lse, kept, qb, kb, vb, turn, sizes, scale,
+                      CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
+            (consume, (1, o_desc, lse, kept, qb, kb, vb, turn, sizes, scale,
+                      CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
+            (produce, (q_desc, k_desc, v_desc, kept, qb, kb, vb, sizes, CAUSAL, PERSISTENT)),
         ], [4, 1], [CONSUMER, PRODUCER])
     else:
         gl.warp_specialize([
-            (consume, (0, o_desc, lse, q, k, v, qb, kb, vb, turn, sizes, scale, CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
-            (consume, (1, o_desc, lse, q, k, v, qb, kb, vb, turn, sizes, scale, CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
-            (consume, (2, o_desc, lse, q, k, v, qb, kb, vb, turn, sizes, scale, CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
-            (produce, (q_desc, k_desc, v_desc, q, k, v, qb, kb, vb, sizes, CAUSAL, PERSISTENT)),
+            (consume, (0, o_desc, lse, kept, qb, kb, vb, turn, sizes, scale,
+                      CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
+            (consume, (1, o_desc, lse, kept, qb, kb, vb, turn, sizes, scale,
+                      CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
+            (consume, (2, o_desc, lse, kept, qb, kb, vb, turn, sizes, scale,
+                      CAUSAL, ORDERED, OVERLAP, PERSISTENT)),
+            (produce, (q_desc, k_desc, v_desc, kept, qb, kb, vb, sizes, CAUSAL, PERSISTENT)),
         ], [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER])

@@ -18,9 +18,8 @@ A plan can be written and read as text, which is how an operator of torch.compil
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,7 +93,10 @@ INTERPRETED = Plan(
 )
 
 
-# Forward | dK and dV | dQ, by (least capability, bytes a number, columns of a tile).
+# Forward | dK and dV | dQ, by (least capability, bytes a number, columns of a tile). Head dims of 32 and less
+# use 64's; of 256 only forward is launched. The tiles of a T4 and of float32 are for products without tensor
+# cores, whose operands take registers: small tiles. A causal mask makes programs of unequal work, of which
+# those of several heads are ordered by weight; without a mask one head at a time keeps its keys in the cache.
 POINTER = {
     (75, 2, 64): "64x32 w8 s1 h4 | 16x32 w8 s1 h4 | 32x32 w8 s1 h4",
     (75, 2, 128): "16x32 w4 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
@@ -109,31 +111,105 @@ POINTER = {
     (90, 2, 128): "128x64 w8 s3 h8 | 32x128 w8 s3 h8 | 128x64 w8 s3 h8",
     (90, 2, 256): "64x32 w4 s2 h8 | 32x64 w8 s2 h8 | 64x64 w8 s2 h8",
 }
-DESCRIPTOR = {
+DESCRIPTOR_CAUSAL = {
     (90, 2, 64): "128x64 w4 s3 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
     (90, 2, 128): "128x128 w8 s2 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
     (90, 2, 256): "128x64 w8 s2 h8 | 64x64 w8 s2 h8 | 64x64 w8 s2 h8",
 }
+DESCRIPTOR_FULL = {
+    (90, 2, 64): "128x64 w4 s3 h1 | 64x128 w8 s2 h1 | 128x64 w8 s3 h1",
+    (90, 2, 128): "128x128 w8 s2 h1 | 64x128 w8 s2 h1 | 128x64 w8 s3 h1",
+    (90, 2, 256): "128x64 w8 s2 h1 | 64x64 w8 s2 h1 | 64x64 w8 s2 h1",
+}
+# The hand-written forward rung, by (head dim, causal), where it was measured to be faster: nowhere yet.
+HOPPER: dict[tuple[int, bool], str] = {}
+
+# What a sweep on an H100 tries (16 bits): all compile for sm_90 without spills, causal, and fit.
+SWEEP = {
+    ("forward", "descriptor", 64): "128x64 w4 s2, 128x64 w4 s3, 128x64 w4 s4, 128x64 w8 s3, 128x128 w8 s2, "
+    "128x128 w8 s3, 128x128 w4 s2, 128x32 w4 s4, 64x64 w4 s3, 64x128 w4 s3, 256x64 w8 s3, 128x256 w8 s2",
+    ("forward", "pointer", 64): "128x64 w4 s2, 128x64 w4 s3, 128x64 w4 s4, 128x64 w8 s3, 128x128 w8 s2, "
+    "128x128 w8 s3, 128x32 w4 s4, 64x64 w4 s3, 64x128 w4 s3, 256x64 w8 s3, 128x256 w8 s2",
+    ("dkdv", "descriptor", 64): "64x128 w8 s2, 64x128 w8 s3, 64x64 w4 s2, 64x64 w4 s3, 32x128 w4 s3, "
+    "32x128 w8 s3, 128x128 w8 s2, 128x64 w4 s2, 32x64 w4 s3",
+    (
+        "dkdv",
+        "pointer",
+        64,
+    ): "64x128 w8 s2, 64x128 w8 s3, 64x64 w4 s2, 64x64 w4 s3, 32x128 w8 s3, 32x64 w4 s3",
+    ("dq", "descriptor", 64): "128x64 w4 s2, 128x64 w4 s3, 128x64 w8 s3, 128x128 w8 s2, 128x128 w8 s3, "
+    "64x64 w4 s3, 128x32 w4 s3, 64x128 w4 s2, 256x64 w8 s2",
+    ("dq", "pointer", 64): "128x64 w8 s3, 128x128 w8 s2, 128x128 w8 s3, 64x64 w4 s3, 128x32 w4 s3, "
+    "64x128 w4 s2, 256x64 w8 s2",
+    ("forward", "descriptor", 128): "128x64 w8 s2, 128x64 w8 s3, 128x64 w8 s4, 128x128 w8 s2, 128x128 w8 s3, "
+    "64x64 w4 s3, 64x128 w4 s2, 64x128 w4 s3, 128x32 w8 s4, 128x32 w4 s3",
+    ("forward", "pointer", 128): "128x64 w8 s2, 128x64 w8 s3, 128x64 w8 s4, 128x128 w8 s2, 128x128 w8 s3, "
+    "64x64 w4 s3, 128x32 w8 s4, 128x32 w4 s3",
+    ("dkdv", "descriptor", 128): "64x128 w8 s2, 64x128 w8 s3, 32x128 w8 s2, 32x128 w8 s3, 64x64 w4 s2, "
+    "64x64 w4 s3, 32x64 w4 s3, 64x64 w8 s2",
+    ("dkdv", "pointer", 128): "32x128 w8 s2, 32x128 w8 s3, 64x64 w8 s2",
+    ("dq", "descriptor", 128): "128x64 w8 s2, 128x64 w8 s3, 128x128 w8 s2, 64x64 w4 s2, 64x64 w4 s3, "
+    "128x32 w8 s3, 64x128 w4 s2",
+    (
+        "dq",
+        "pointer",
+        128,
+    ): "128x64 w8 s2, 128x64 w8 s3, 128x128 w8 s2, 64x64 w4 s2, 64x64 w4 s3, 128x32 w8 s3",
+}
+HEADS = (1, 8)
 
 
 def plan_for(
-    head_dim: int, dtype: torch.dtype, capability: int, *, causal: bool, window: int, descriptors: bool
+    head_dim: int,
+    dtype: torch.dtype,
+    capability: int,
+    *,
+    causal: bool,
+    descriptors: bool = True,
+    hopper: bool = False,
 ) -> Plan:
     """This device's own plan.
 
-    capability    as 90;  descriptors   whether the copy engine can read the tensors (`unusable`)
+    capability    as 90
+    descriptors   whether the copy engine can read the tensors (`unusable`)
+    hopper        whether the hand-written rung can (`flash_hopper.unsupported`)
     """
-    columns = max(64, power_of_two(head_dim))
-    key = (max(capability, 75), dtype.itemsize, columns)
-    if descriptors and (found := _newest(DESCRIPTOR, key)):
-        return Plan(*(Tiles.parse(f"descriptor {part.strip()}") for part in found.split("|")))
-    return Plan(*(Tiles.parse(f"pointer {part.strip()}") for part in _newest(POINTER, key).split("|")))
+    key = (max(capability, 75), dtype.itemsize, max(64, power_of_two(head_dim)))
+    found = _newest(DESCRIPTOR_CAUSAL if causal else DESCRIPTOR_FULL, key) if descriptors else ""
+    plan = _of_rung("descriptor", found) if found else _of_rung("pointer", _newest(POINTER, key))
+    by_hand = HOPPER.get((head_dim, causal)) if hopper else None
+    return plan._replace(forward=Tiles.parse(by_hand)) if by_hand else plan
 
 
 def _newest(table: dict[tuple[int, int, int], str], key: tuple[int, int, int]) -> str:
     """The entry of the newest device not newer than this one; empty if there is none."""
     fitting = [k for k in table if k[0] <= key[0] and k[1:] == key[1:]]
     return table[max(fitting)] if fitting else ""
+
+
+def _of_rung(rung: str, text: str) -> Plan:
+    return Plan(*(Tiles.parse(f"{rung} {part.strip()}") for part in text.split("|")))
+
+
+def candidates(kernel: str, head_dim: int, *, heads: Sequence[int] = HEADS) -> list[Tiles]:
+    """Tiles for one kernel ("forward", "dkdv", "dq") that a sweep on an H100 should time; D 64 or 128."""
+    return [
+        Tiles.parse(f"{rung} {tile} h{side_by_side}")
+        for (name, rung, columns), tiles in SWEEP.items()
+        if name == kernel and columns == head_dim
+        for tile in tiles.split(", ")
+        for side_by_side in heads
+    ]
+
+
+def sweep(head_dim: int, *, causal: bool, heads: Sequence[int] = HEADS) -> list[Plan]:
+    """Plans that differ from the H100's own in one kernel: the three are tuned one by one."""
+    own = plan_for(head_dim, torch.bfloat16, 90, causal=causal)
+    return [
+        own._replace(**{kernel: tiles})
+        for kernel in Plan._fields
+        for tiles in candidates(kernel, head_dim, heads=heads)
+    ]
 
 
 def unusable(*tensors: torch.Tensor, packed: bool = False) -> str:

@@ -24,7 +24,7 @@ from llmcourse.kernels.matmul_tiled import grouped_tile
 
 @triton.jit
 def place(program, blocks, heads, batches, HEADS: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(block, head, batch) of a program: bands of HEADS heads; in a band, block after block, all its heads."""
+    """(block, head, batch) of a program: in bands of HEADS heads, block after block, each of all heads."""
     row, block = grouped_tile(program, heads * batches, blocks, HEADS)
     if LAST_FIRST:
         block = blocks - 1 - block
@@ -69,9 +69,7 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    x, tile, row, rows, token_stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def store_tile(x, tile, row, rows, token_stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write the part of a tile that lies within `rows` and D; x points to this batch and head."""
     i = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -91,9 +89,7 @@ def at_head(x, batch, head, row, batch_stride, head_stride, token_stride):
 
 
 @triton.jit
-def key_range(
-    first, last, keys, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
-):
+def key_range(first, last, keys, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Which keys the queries at positions first … last see: (low, full_low, full_high, high).
 
     Blocks of keys from low to high hold all that any of them sees. In those from full_low to full_high every
@@ -143,10 +139,7 @@ def seen(position, key, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 
     A causal query of this sequence is before its end, so that it needs no comparison with it.
     """
-    if CAUSAL:
-        yes = key <= position
-    else:
-        yes = key < keys
+    yes = key <= position if CAUSAL else key < keys
     if WINDOW:
         yes = yes & (key > position - window)
     return yes

@@ -1,8 +1,8 @@
 """Gluon, the language below Triton's: the one experimental part of Triton that the course uses, in one place.
 
-Where Triton's compiler decides how a tile lies in registers, when it is copied and who waits for whom, a Gluon
-program says so itself. It is under `triton.experimental` and names still change from one version to the next;
-kernels take what they need from here, and find on import whether it is there:
+Where Triton's compiler decides how a tile lies in registers, when it is copied and who waits for whom, a
+Gluon program says so itself. It is under `triton.experimental` and names still change from one version to
+the next; kernels take what they need from here, and find on import whether it is there:
 
     gluon.found      whether this Triton has Gluon for Hopper (3.6 and later have)
     gl               the language: tensors, layouts, shared memory, warp_specialize

@@ -1,8 +1,8 @@
 """From multi-head to grouped-query attention without training anew (Ainslie et al. 2023, arXiv:2305.13245).
 
 The key and value projections of the heads of a group become one. Taking their mean keeps something of all of
-them; taking the first keeps one and forgets the others; a random one remembers nothing. Queries, and all other
-weights, stay as they are. What the pooled heads then lack, a short training (*uptraining*) gives back.
+them; taking the first keeps one and forgets the others; a random one remembers nothing. Queries, and all
+other weights, stay as they are. What the pooled heads then lack, a short training (*uptraining*) gives back.
 """
 
 from __future__ import annotations

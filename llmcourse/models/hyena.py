@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 class HyenaState(State):
     """tail [B, d_conv − 1, 3E], the last inputs of the short convolutions, and what the filter needs:
 
-    implicit   history [B, E, T], every input so far, as long as a KV cache and half as wide
+    implicit   history [B, E, T], every input so far: E numbers a token, half of what multi-head attention keeps
     modal      modes [B, E, N, 2], one complex number a mode
 
-    `taps` keeps the implicit filter's values while a sequence lasts. They come from the weights and serve all
+    `taps` keeps the implicit filter's values, the last first, while a sequence lasts. They come from the weights and serve all
     rows, so they are not counted in `nbytes` (nor are the tables of RoPE).
     """
 

@@ -156,7 +156,7 @@ def heads(model: nn.Module, *, vocab_size: int, length: int = 32, seed: int = 0)
 
 @contextmanager
 def silenced(model: Transformer, chosen: Iterable[Head]) -> Iterator[None]:
-    """While open, these heads of a decoder add nothing: what they mixed is set to zero before it is projected."""
+    """While open, these heads of a decoder add nothing: what they mixed is zeroed before it is projected."""
 
     def mute(columns: list[int]) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
         def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

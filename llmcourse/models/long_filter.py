@@ -77,22 +77,23 @@ class ImplicitFilter(nn.Module):
         if state is None:
             return fft_conv(u, self(u.shape[-1]))
         if not state.taps:
-            state.taps.append(self(state.max_len).detach())
-        history, h = state.history, state.taps[0]
+            state.taps.append(self(state.max_len).detach().flip(-1))
+        history, backwards = state.history, state.taps[0]  # the last tap first: a dot product needs no flip
         if step.start is None:
-            return self._one_each(u, history, h, step.positions)
+            return self._one_each(u, history, backwards, step.positions)
         end = step.start + u.shape[-1]
         history[..., step.start : end] = u.detach()
         if u.shape[-1] > 1:
-            return fft_conv(history[..., :end], h[:, :end])[..., step.start :]
-        return (history[..., :end] * h[:, :end].flip(-1)).sum(-1, keepdim=True).to(u.dtype)
+            return fft_conv(history[..., :end], backwards.flip(-1)[:, :end])[..., step.start :]
+        seen = history[..., :end].to(backwards.dtype)
+        return torch.einsum("bet,et->be", seen, backwards[:, -end:]).unsqueeze(-1).to(u.dtype)
 
     @staticmethod
-    def _one_each(u: Tensor, history: Tensor, h: Tensor, positions: Tensor) -> Tensor:
+    def _one_each(u: Tensor, history: Tensor, backwards: Tensor, positions: Tensor) -> Tensor:
         """One input for each sequence at its own position [B]."""
         history.scatter_(2, positions.view(-1, 1, 1).expand_as(u), u)
         lag = positions.unsqueeze(1) - torch.arange(history.shape[-1], device=u.device)  # [B, T]
-        taps = torch.where(lag >= 0, h[:, lag.clamp_min(0)], 0)  # [E, B, T]
+        taps = torch.where(lag >= 0, backwards[:, -1 - lag.clamp_min(0)], 0)  # [E, B, T]
         return (history * taps.transpose(0, 1)).sum(-1, keepdim=True).to(u.dtype)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Models that were published, by the facts of their `config.json`: what a real one weighs, and what it remembers.
+"""Models that were published, by the facts of their `config.json`: what one weighs, and what it keeps.
 
 No weights are here, and none are needed: bytes follow from sizes. Parameters are counted by the formula of
 `ModelConfig`, which tests hold equal to the modules; where a model is a mixture of experts, the experts are
@@ -22,7 +22,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Experts:
-    """The routed experts of a mixture. A token goes through `chosen` of the `count` experts of each such layer.
+    """The routed experts of a mixture: a token goes through `chosen` of the `count` in each such layer.
 
     layers    layers that have them
     params    of one expert
@@ -99,8 +99,8 @@ class Published:
     def touched(self, tokens: int) -> float:
         """Parameters that a pass over `tokens` tokens reads.
 
-        All of a dense model, but for an input embedding that is no output head too: of that a token looks up a
-        row. Of a mixture, the experts that some token chose (see `Experts.touched`).
+        All of a dense model, but for an input embedding that is no output head too: of that a token looks up
+        a row. Of a mixture, the experts that some token chose (see `Experts.touched`).
         """
         rows = 0 if self.config.tie_embeddings else self.config.vocab_size * self.config.d_model
         return self.always - rows + (self.experts.touched(tokens) if self.experts else 0)

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from llmcourse.models.config import ModelConfig
     from llmcourse.models.step import Step
 
-CHUNK = 64
+CHUNK, LARGE_CHUNK = 64, 256
+"""Tokens whose states exist at a time, on a CPU and on a GPU, where each chunk costs its launches."""
 SHORTEST, LONGEST = 1e-3, 1e-1
 """Step sizes Δ of a new layer, spread evenly in their logarithm."""
 
@@ -58,7 +59,9 @@ def scan_parallel(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     b[:, 0] += a[:, 0] * h
     reach = 1
     while reach < a.shape[1]:
-        b[:, reach:] += a[:, reach:] * b[:, :-reach]  # the product is a new tensor: all are read, then written
+        b[:, reach:] += (
+            a[:, reach:] * b[:, :-reach]
+        )  # the product is a new tensor: all are read, then written
         a[:, reach:] = a[:, reach:] * a[:, :-reach]
         reach *= 2
     return b
@@ -178,7 +181,8 @@ class SSM(nn.Module):
         A = -torch.exp(self.A_log.to(kind))
         before = None if state is None else state.h
         scan = ("sequential" if x.device.type == "cpu" else "parallel") if self.scan == "auto" else self.scan
-        y, h = selective_scan(u.to(kind), dt, A, b.to(kind), c.to(kind), before, scan=scan)
+        chunk = CHUNK if x.device.type == "cpu" else LARGE_CHUNK
+        y, h = selective_scan(u.to(kind), dt, A, b.to(kind), c.to(kind), before, scan=scan, chunk=chunk)
         if state is not None:
             state.tail.copy_(tail.detach())
             state.h.copy_(h.detach())

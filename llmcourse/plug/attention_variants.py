@@ -1,4 +1,4 @@
-"""The points of attention's variants: shared heads, a sliding window and its rolling cache, latent attention.
+"""The points of attention's variants: shared and pooled heads, a window, its rolling cache, latent attention.
 
 A learner's functions know one mask: the S queries are the last S of the T tokens, and each sees what came up
 to it. Sequences of unequal length are handed over one after the other. What no such mask can say (a window,
@@ -170,7 +170,34 @@ def _one_length(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(keys), torch.cat(held)
 
 
+def mean_pool_heads(code: LearnersCode) -> Callable[..., Tensor]:
+    from llmcourse.models import convert_gqa
+
+    own = convert_gqa._pool
+
+    def pool(stacked: Tensor, config: ModelConfig, n_kv_heads: int, how: str, *rest: Any) -> Tensor:
+        import torch
+
+        if how != "mean":
+            return own(stacked, config, n_kv_heads, how, *rest)  # type: ignore[arg-type]
+        old, dim = config.n_kv_heads, config.head_dim
+        queries, *others = stacked.split([config.n_heads * dim, old * dim, old * dim])
+        shape = (n_kv_heads * dim, *stacked.shape[1:])
+        pooled = [tensor(code, code(x, old, n_kv_heads), x, shape, "the result") for x in others]
+        return torch.cat((queries, *pooled))
+
+    return pool
+
+
 _POINTS: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...], Any], ...] = (
+    (
+        "mean_pool_heads",
+        ("weight", "n_heads", "n_kv_heads"),
+        "tensor",
+        "A key or value projection [H·D, E] of n_heads, each group's heads replaced by their mean.",
+        (f"{MODELS}.convert_gqa:_pool",),
+        mean_pool_heads,
+    ),
     (
         "grouped_query_attention",
         ("q", "k", "v"),

@@ -73,6 +73,20 @@ class Recall:
             yield self.draw(batch, generator).to(device)
 
 
+def read_back(pairs: int, dim: int, *, trials: int = 64) -> float:
+    """The share of `pairs` random pairs that a state S = Σ k vᵀ of dim × dim numbers gives back; no training.
+
+    Keys are random unit vectors, which overlap by about 1/√dim: reading with k_j gives v_j and as large a
+    share of every other value. A pair counts as read when its own value is the nearest of all.
+    """
+    generator = torch.Generator().manual_seed(dim + pairs)
+    k, v = torch.randn(2, trials, pairs, dim, generator=generator, dtype=torch.float64)
+    k = k / k.norm(dim=-1, keepdim=True)
+    state = k.mT @ v
+    nearest = torch.cdist(k @ state, v).argmin(-1)
+    return float((nearest == torch.arange(pairs)).double().mean())
+
+
 @dataclass(frozen=True)
 class RecallRun:
     """A trained model, its loss in nats at every step, and its accuracy on sequences it has not seen."""

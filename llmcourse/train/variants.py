@@ -1,12 +1,12 @@
 """The attention variants against each other: the same parameters, the same batches, different memories.
 
-A variant that keeps less of each token also has fewer weights. Compared as they stand, a loss of quality could
-come from either; so what the projections save is given to the feed-forward part, and all variants have the same
-number of parameters (to within a row of it).
+A variant that keeps less of each token also has fewer weights. Compared as they stand, a loss of quality
+could come from either; so what the projections save is given to the feed-forward part, and all variants have
+the same number of parameters (to within a row of it).
 
-The task is a telephone book. A sequence lists N records, each one token that stands for a name *and* a number,
-then asks for names; the answer is the number. Nothing is asked that a model could know by heart: every sequence
-has a new book, so all that it can answer comes through what attention keeps of the records.
+The task is a telephone book. A sequence lists N records, each one token that stands for a name *and* a
+number, then asks for names; the answer is the number. Nothing is asked that a model could know by heart:
+every sequence has a new book, so all that it can answer comes through what attention keeps of the records.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llmcourse.errors import ShapeError
 from llmcourse.models import ModelConfig, Transformer
 from llmcourse.models.sizes import LatentSizes
 from llmcourse.train.fit import accuracy, cross_entropy, fit
@@ -28,7 +29,7 @@ RECORDS = 8
 def phone_book(
     *, batch: int, seed: int, records: int = RECORDS, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """N records and N questions: tokens [B, 2·N] below `book_vocab(N)`; what is asked for is a number below N.
+    """N records and N questions: tokens [B, 2·N] below `book_vocab(N)`, answers below N.
 
     Record (name a, number b) is token a·N + b, the question for name a is token N² + a. In one sequence every
     name and every number stands once; a name may be asked for twice.
@@ -78,16 +79,23 @@ def windowed(window: int, sinks: int = 0) -> Change:
 def equal_parameters(base: ModelConfig, changes: Mapping[str, Change]) -> dict[str, ModelConfig]:
     """Each variant of `base`, its feed-forward part widened or narrowed until it has the base's parameters.
 
-    What remains is less than one more hidden feature in every layer: 3·E·L parameters for SwiGLU.
+    What remains is less than one hidden feature in every layer: 3·E·L parameters for SwiGLU.
+
+    Raises ShapeError when a variant is so much larger that nothing would be left of its feed-forward part.
     """
     configs = {}
     for name, change in changes.items():
         config = change(base)
-        row = config.n_layers * (replace(config, d_ff=2).n_params - replace(config, d_ff=1).n_params)
-        row //= config.n_layers
-        configs[name] = replace(
-            config, d_ff=config.d_ff + round((base.n_params - config.n_params) / row), name=name
-        )
+        feature = replace(config, d_ff=2).n_params - replace(config, d_ff=1).n_params
+        d_ff = config.d_ff + round((base.n_params - config.n_params) / feature)
+        if d_ff < 1:
+            raise ShapeError(
+                f"{name} has {config.n_params - base.n_params:,} parameters more than {base.name}, and its "
+                f"feed-forward part has only {feature * config.d_ff:,} to give.",
+                "Variants are compared at equal parameters, which the feed-forward part balances.",
+                "a smaller rank or fewer heads, or a base with a larger d_ff.",
+            )
+        configs[name] = replace(config, d_ff=d_ff, name=name)
     return configs
 
 
@@ -102,7 +110,7 @@ BASE = ModelConfig(
     max_len=2 * RECORDS,
     name="MHA",
 )
-"""Small enough to train in a second: eight heads of eight features, one layer, 34,000 parameters."""
+"""Small enough to train in a second: one layer of eight heads of four features, 12,640 parameters."""
 
 SMALL = equal_parameters(
     BASE,
@@ -110,10 +118,12 @@ SMALL = equal_parameters(
         "MHA": lambda base: base,
         "GQA, 2 heads": grouped(2),
         "MQA": grouped(1),
+        "MQA, heads of 6": lambda base: replace(base, n_kv_heads=1, head_dim=6),
         "MLA, rank 8": latent(8, 4),
         "window of 4": windowed(4),
     },
 )
+"""The variants of BASE. MQA with wider heads keeps as many bytes of a token as MLA: a fair comparison."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +137,10 @@ class Trained:
 
 
 def draw(model: Transformer, *, seed: int) -> Transformer:
-    """Weights from N(0, 1/inputs), so that every projection keeps the size of what it reads; embeddings of 0.3.
+    """Weights from N(0, 1/inputs), so that projections keep the size of what they read; embeddings of 0.3.
 
-    Drawn in the order of the weights' names: variants that share a weight do not share its numbers, but the same
-    variant gets the same weights for the same seed on every machine.
+    Drawn in the order of the weights' names: variants that share a weight do not share its numbers, but the
+    same variant gets the same weights for the same seed on every machine.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -142,7 +152,7 @@ def draw(model: Transformer, *, seed: int) -> Transformer:
 
 
 def train(config: ModelConfig, *, seed: int, steps: int = 100, device: str = "cpu") -> Trained:
-    """Train a variant on telephone books; `seed` gives the weights and the batches, the test is always the same."""
+    """Train a variant on telephone books: weights and batches by `seed`, the test always the same."""
     model = draw(Transformer(config), seed=seed).to(device)
     books = phone_book(batch=64, seed=seed, device=device)
     fit(model, books, steps=steps, lr=0.02)

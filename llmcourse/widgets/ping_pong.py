@@ -96,19 +96,15 @@ def utilisation(spans: Sequence[Span], unit: int = 0) -> float:
     return sum(s.end - s.start for s in spans if s.unit == unit) / makespan(spans)
 
 
-def draw(schedules: dict[str, Sequence[Span]], *, until: float | None = None) -> Figure:
-    """A timeline for each schedule, one above the other, on one axis of time."""
-    from matplotlib.figure import Figure
-
-    longest = until or max(makespan(spans) for spans in schedules.values())
-    figure = Figure(figsize=(8.8, 1.35 * len(schedules) + 0.5), layout="constrained")
+def draw(figure: Figure, schedules: dict[str, Sequence[Span]]) -> None:
+    """Draw a timeline for each schedule, one above the other, on one axis of time."""
+    longest = max(makespan(spans) for spans in schedules.values())
     axes = figure.subplots(len(schedules), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (name, spans) in zip(axes, schedules.items(), strict=True):
         _lanes(ax, spans)
         ax.set_xlim(0, longest)
         ax.set_title(f"{name}: tensor cores busy {utilisation(spans):.0%}", fontsize=9, loc="left")
     axes[-1].set_xlabel("time; S scores, P softmax, O values; colours: groups of warps", fontsize=9)
-    return figure
 
 
 def _lanes(ax: Axes, spans: Sequence[Span]) -> None:

@@ -1,4 +1,4 @@
-"""The ceiling model of attention: its reference figures, its parts against brute force, and what must hold."""
+"""The ceiling model of attention: its reference figures, its parts against brute force, what must hold."""
 
 from __future__ import annotations
 

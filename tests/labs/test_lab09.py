@@ -20,9 +20,10 @@ from llmcourse.labs.lab09_attention_variants.grouped_query_attention import atte
 from llmcourse.labs.lab09_attention_variants.largest_batch import PUBLISHED, plan
 from llmcourse.labs.lab09_attention_variants.window_mask import expected as expected_mask
 from llmcourse.models import KVCache, LatentSizes, ModelConfig, random_model
+from llmcourse.models.convert_gqa import to_gqa
 from llmcourse.models.published import MODELS
 from llmcourse.models.step import window_mask as package_mask
-from llmcourse.models.surgery import with_window
+from llmcourse.models.windowed import with_window
 from llmcourse.plug import PlugError, plug
 
 LAB = find_lab("09")
@@ -199,6 +200,17 @@ def test_absorbed_attention_gives_a_latent_model_s_logits(q_rank, which, pieces)
     assert used.calls["absorbed_attention"] == 2 * len(pieces)
 
 
+def test_mean_pool_heads_converts_a_model():
+    model = model_of(n_kv_heads=6, qkv_bias=True)
+    own = to_gqa(model, 2)
+    for alternative in EXERCISES["mean_pool_heads"].alternatives:
+        with plug(mean_pool_heads=alternative.fn) as used:
+            mine, first = to_gqa(model, 2), to_gqa(model, 2, how="first")
+        assert used.calls["mean_pool_heads"] == 2 * 2 * 2  # keys and values, weights and biases, two layers
+        assert all(torch.allclose(a, b) for a, b in zip(own.parameters(), mine.parameters(), strict=True))
+        assert not torch.allclose(first.blocks[0].mixer.qkv.weight, mine.blocks[0].mixer.qkv.weight)
+
+
 @pytest.mark.parametrize("kind", ["attention", "window", "latent"])
 def test_sequences_of_unequal_length_too(kind):
     sizes = LatentSizes(q_rank=0, kv_rank=12, nope_dim=6, rope_dim=4, v_dim=5)
@@ -222,6 +234,7 @@ def test_a_window_stays_with_the_package_s_own_attention():
     [
         ("grouped_query_attention", lambda q, k, v: None, "None"),
         ("grouped_query_attention", lambda q, k, v: q[:, :1], "has shape"),
+        ("mean_pool_heads", lambda w, h, g: w, "has shape"),
         ("window_mask", lambda q, k, w, s: torch.ones(1, 1), "the mask"),
         ("window_mask", lambda q, k, w, s: torch.ones(len(q), len(k)), "torch.float"),
         ("rolling_update", lambda slots, at, new, *rest: (new, at), "a tuple of 2"),
@@ -234,7 +247,7 @@ def test_what_does_not_fit_the_model_is_refused(name, wrong, says):
     model = model_of()
     model = model if name == "grouped_query_attention" else with_window(model, 4, 1)
     with pytest.raises(PlugError, match=says), plug(**{name: wrong}):
-        read(model, [6, 1, 16])
+        read(to_gqa(model, 1), [6, 1, 16])
 
 
 def test_a_wrong_function_changes_the_logits():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmcourse.errors import ShapeError
-from llmcourse.train.recall import Recall, recall_model, train_recall
+from llmcourse.train.recall import Recall, read_back, recall_model, train_recall
 from llmcourse.train.tasks import IGNORE
 
 TASK = Recall(pairs=16, keys=32, values=32)
@@ -46,6 +46,14 @@ def test_a_model_depends_on_its_seed_alone():
         model = recall_model(("hyena", "attention"), TASK, seed=7)
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_a_state_returns_few_pairs_and_a_larger_one_more():
+    assert read_back(1, 16) == 1
+    assert read_back(128, 16) < 0.2
+    shares = [read_back(32, dim) for dim in (16, 32, 64)]
+    assert shares == sorted(shares)
+    assert shares[2] > 0.9 > shares[0]
 
 
 def test_convolutions_lose_on_recall_and_one_attention_layer_recovers_it_on_three_seeds():

@@ -14,7 +14,7 @@ from llmcourse.models import ModelConfig, Transformer, random_model
 from llmcourse.models.attention import Attention
 from llmcourse.models.encoder import Encoder
 from llmcourse.models.encoder_decoder import CrossAttention, EncoderDecoder
-from llmcourse.models.inspect_attention import PATTERNS, attention_maps, heads, on_pattern
+from llmcourse.models.inspect_attention import PATTERNS, attention_maps, heads, on_pattern, silenced
 from llmcourse.train import build
 from llmcourse.widgets.attention_patterns import LONGEST, attention_patterns, label
 
@@ -192,3 +192,20 @@ def test_blanks_and_line_ends_can_be_seen_in_labels():
     assert label(" the") == "·the"
     assert label("\n") == "↵"
     assert label("") == "∅"
+
+
+def test_a_silenced_head_adds_nothing_and_comes_back():
+    model = build(Transformer, SMALL, seed=6).eval()
+    tokens = torch.randint(0, 31, (1, 9))
+    before, table = model(tokens), heads(model, vocab_size=31)
+    with silenced(model, [h for h in table if (h.layer, h.head) in {(0, 1), (0, 3), (2, 0)}]):
+        muted = model(tokens)
+    changed = build(Transformer, SMALL, seed=6).eval()
+    for layer, head in ((0, 1), (0, 3), (2, 0)):
+        changed.blocks[layer].mixer.out.weight[:, head * 6 : head * 6 + 6] = 0
+    torch.testing.assert_close(muted, changed(tokens))
+    assert not torch.allclose(muted, before)
+    assert torch.equal(model(tokens), before)
+    with silenced(model, table):  # all heads: what remains is each token on its own
+        swapped = model(tokens.flip(1))
+        torch.testing.assert_close(model(tokens), swapped.flip(1))

@@ -49,7 +49,8 @@ decoder_block = Exercise(
         "turn them again.",
         "positions = (past + torch.arange(S)).expand(B, -1); k = torch.cat((keys, apply_rope(k, positions, "
         "theta)), dim=2); mask = causal_mask(positions, past + S, positions[:, 0] * 0); "
-        "a, _ = attention(q, k, v, mask); x = x + a.transpose(1, 2).reshape(B, S, -1) @ weights['out'].T; n = F.rms_norm(x, …); "
+        "a, _ = attention(q, k, v, mask); x = x + a.transpose(1, 2).reshape(B, S, -1) @ weights['out'].T; "
+        "n = F.rms_norm(x, …); "
         "return x + (F.silu(n @ weights['gate'].T) * (n @ weights['up'].T)) @ weights['down'].T, k, v.",
     ),
 )

@@ -287,6 +287,20 @@ def broadcast(q_nope: Any, q_rope: Any, latent: Any, k_rope: Any, w_uk: Any, w_u
     return p @ latent[:, None] @ w_uv.mT
 
 
+@absorbed_attention.mistake(
+    says="matmul broadcasts w_uk and w_uv over the batch, a copy for every sequence",
+    tries="torch.einsum('bhsd,hdr->bhsr', q_nope, w_uk), and alike behind the softmax.",
+    caught_by="cost",
+)
+def weights_copied(q_nope: Any, q_rope: Any, latent: Any, k_rope: Any, w_uk: Any, w_uv: Any) -> Any:
+    (batch, heads, s, nope), n = q_nope.shape, latent.shape[1]
+    low = (q_nope @ w_uk).flatten(1, 2)
+    scores = (low @ latent.mT + q_rope.flatten(1, 2) @ k_rope.mT).view(batch, heads, s, n)
+    scores = scores * (nope + q_rope.shape[-1]) ** -0.5
+    p = scores.masked_fill(~seen_by(s, n), -math.inf).softmax(-1)
+    return (p.flatten(1, 2) @ latent).view(batch, heads, s, -1) @ w_uv.mT
+
+
 # ── other right solutions ────────────────────────────────────────────────────────────────────────
 
 

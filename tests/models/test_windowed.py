@@ -1,4 +1,4 @@
-"""A model in another form of attention: with the sight or the heads that it had it is the model itself."""
+"""A trained model behind a window, and how surprised a model is by a text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from llmcourse.errors import ShapeError
 from llmcourse.models import ModelConfig, random_model
 from llmcourse.models.perplexity import perplexity
-from llmcourse.models.surgery import with_kv_heads, with_window
+from llmcourse.models.windowed import with_window
 
 CONFIG = ModelConfig(
     vocab_size=40, d_model=24, n_layers=2, n_heads=6, n_kv_heads=6, head_dim=4, d_ff=32, qkv_bias=True
@@ -20,14 +20,6 @@ TOKENS = torch.randint(0, 40, (2, 13), generator=torch.Generator().manual_seed(0
 def model():
     torch.manual_seed(1)
     return random_model(CONFIG, dtype=torch.float64)
-
-
-def mean(weight, heads, fewer):
-    return weight.unflatten(0, (fewer, heads // fewer, -1)).mean(1).flatten(0, 1)
-
-
-def first(weight, heads, fewer):
-    return weight.unflatten(0, (fewer, heads // fewer, -1))[:, 0].flatten(0, 1)
 
 
 @torch.no_grad()
@@ -43,32 +35,9 @@ def test_a_window_shares_the_weights(model):
     assert narrow.config.kinds == ("window", "window")
 
 
-@torch.no_grad()
-def test_pooling_heads_that_are_alike_changes_nothing(model):
-    alike = with_kv_heads(with_kv_heads(model, 2, first), 2, mean)  # as many as before: untouched
-    three_each = random_model(CONFIG, dtype=torch.float64)
-    state = {n: t.clone() for n, t in model.state_dict().items()}
-    for name, weight in state.items():
-        if ".qkv." in name:
-            q, k, v = weight.split(24)
-            groups = [
-                x.unflatten(0, (2, 3, 4))[:, :1].expand(-1, 3, *[-1] * x.dim()).flatten(0, 2) for x in (k, v)
-            ]
-            state[name] = torch.cat((q, *groups))
-    three_each.load_state_dict(state)
-    assert torch.allclose(with_kv_heads(three_each, 2, mean)(TOKENS), three_each(TOKENS))
-    assert torch.allclose(alike(TOKENS), three_each(TOKENS))
-
-
-def test_fewer_heads_have_fewer_parameters_and_a_smaller_cache(model):
-    one = with_kv_heads(model, 1, mean)
-    assert sum(p.numel() for p in one.parameters()) == one.config.n_params
-    assert one.config.kv_bytes_per_token() * 6 == CONFIG.kv_bytes_per_token()
-
-
-def test_heads_that_cannot_be_shared_are_refused(model):
+def test_a_window_that_shows_a_token_not_even_itself_is_refused(model):
     with pytest.raises(ShapeError):
-        with_kv_heads(model, 4, mean)
+        with_window(model, 0)
 
 
 # ── perplexity ───────────────────────────────────────────────────────────────────────────────────────
