@@ -15,6 +15,7 @@ from llmcourse.bench.records import FOLDER, Record, all_records, new_record, rec
 from llmcourse.errors import UnknownNameError
 
 BENCHMARKS = {
+    "attention_variants": "MHA, GQA, MQA, MLA and windows: what each learns, and its decode step",
     "ceilings": "copy bandwidth and matrix FLOP/s of this machine",
     "engine_start": "notebook 00's ladder of the engine, beside transformers",
     "flash": "FlashAttention beside FlashAttention-2, cuDNN, flex_attention and the ceiling model",

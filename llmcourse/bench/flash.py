@@ -38,13 +38,13 @@ from llmcourse.bench.flash_cases import (
 )
 from llmcourse.bench.flash_sweep import best_of
 from llmcourse.bench.records import FOLDER, Record, all_records, describe_device, new_record, save
-from llmcourse.bench.timing import SHORT, measure
+from llmcourse.bench.timing import measure
 from llmcourse.errors import DeviceError
 from llmcourse.kernels.attention_ceiling import GENERATIONS, Rates, predict, rates
 
 GROUPS = ("forward", "backward", "gqa", "window", "varlen", "memory")
 GOOD_ENOUGH = 0.03  # of bf16
-AHEAD = 5  # sweeps before a backward pass, which cannot be captured: time for the host
+AHEAD = 10  # sweeps before a call, in which the host gets ahead: launching ours takes about 0.2 ms of it
 NOTES = [
     "about 16,384 tokens a batch, 2,048 columns; bf16; random data; L2 swept before a call; peers in turns",
     "tflops: FLOPs of visible pairs (4·D forward, 10·D backward) over the median; backward by autograd.grad",
@@ -95,8 +95,9 @@ def measure_case(
     flex: bool = True,
     timed: bool = True,
     chosen: Chosen | None = None,
+    without: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """A row for everybody: time, rate and error, or why there is none.
+    """A row for everybody but `without`: time, rate and error, or why there is none.
 
     Raises   DeviceError if none of our rungs is right: then something is broken, and no figure is worth it.
     """
@@ -123,6 +124,8 @@ def measure_case(
     except Exception as e:
         others, reasons["peers"] = {}, _short(e)
     for name, peer in {**{name: peer for name, (peer, _) in own.items()}, **others}.items():
+        if any(word in name for word in without):
+            continue
         try:
             function = call(case, x, peer)
             error = error_of(case, x, function(), right)
@@ -143,9 +146,8 @@ def measure_case(
     rows = [{**head, "who": name, "unavailable": reason} for name, reason in reasons.items()]
     if not timed:
         return rows + [{**head, "who": name, "error": errors[name]} for name in functions]
-    short = not case.backward and case.flops / 1e15 < SHORT
-    sweeps = AHEAD if case.backward else 1
-    samples = measure(functions, device=device, graph=short, sweeps=sweeps)
+    # No CUDA graphs: autograd cannot be captured.
+    samples = measure(functions, device=device, graph=False, sweeps=AHEAD)
     best = min(s.median for name, s in samples.items() if name.startswith("ours"))
     for name, sample in samples.items():
         row: dict[str, Any] = {
@@ -157,7 +159,6 @@ def measure_case(
             "tflops": sample.rate(case.flops) / 1e12,
             "times_ours": sample.median / best,
             "error": errors[name],
-            "graph": sample.graph,
         }
         if name in own:
             row["plan"] = own[name][1]
@@ -168,7 +169,9 @@ def measure_case(
     return rows
 
 
-def memory_rows(device: str, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
+def memory_rows(
+    device: str, lengths: tuple[int, ...] = LENGTHS, *, without: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """Memory that naive attention and ours hold beyond their inputs, 8 heads of 64, forward and backward."""
     from llmcourse.bench.kernels import peak_bytes
 
@@ -179,6 +182,8 @@ def memory_rows(device: str, lengths: tuple[int, ...] = LENGTHS) -> list[dict[st
             x = Inputs.of(case, device)
             everybody = {"naive": (plain, ""), **ours(case, x, interpret=device != "cuda")}
             for name, (peer, _) in everybody.items():
+                if any(word in name for word in without):
+                    continue
                 row = {"group": "memory", "case": case.name, "who": name, "length": length, "head_dim": 64}
                 row["direction"] = "forward and backward" if backward else "forward"
 
@@ -209,6 +214,7 @@ def rows_of(
     seconds: float = math.inf,
     flex: bool = True,
     chosen: Chosen | None = None,
+    without: tuple[str, ...] = (),
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one case after another; the last ones are left out when the time is up."""
     started = time.monotonic()
@@ -220,7 +226,7 @@ def rows_of(
         {"group": "ceiling", "who": "exponentials, published", "per_s": r.exponentials},
     ]
     if "memory" in groups:
-        yield memory_rows(device)
+        yield memory_rows(device, without=without)
     for case in cases():
         if case.group not in groups:
             continue
@@ -228,7 +234,7 @@ def rows_of(
         if spent > seconds:
             yield [{"group": case.group, "case": case.name, "who": "all", "unavailable": "no time was left"}]
             continue
-        rows = measure_case(case, device, r, flex=flex, chosen=chosen)
+        rows = measure_case(case, device, r, flex=flex, chosen=chosen, without=without)
         found = ", ".join(
             f"{row['who'].removeprefix('ours: ')} {row['tflops']:.0f}"
             if "tflops" in row
@@ -296,6 +302,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llmcourse.bench.flash")
     parser.add_argument("--only", default="", help=f"groups, of {', '.join(GROUPS)}")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this long")
+    parser.add_argument("--without", default="", help="leave out whose name has one of these words: hopper")
     parser.add_argument("--no-flex", action="store_true", help="without flex_attention, which compiles long")
     parser.add_argument(
         "--prepare", action="store_true", help="compile flex_attention for all cases, no more"
@@ -310,7 +317,10 @@ def main(arguments: list[str]) -> None:
     groups = tuple(g for g in GROUPS if not options.only or g in options.only.split(","))
     rows: list[dict[str, Any]] = []
     chosen = best_of(options.sweep) if options.sweep else None
-    for some in rows_of("cuda", groups, seconds=options.seconds, flex=not options.no_flex, chosen=chosen):
+    without = tuple(word for word in options.without.split(",") if word)
+    for some in rows_of(
+        "cuda", groups, seconds=options.seconds, flex=not options.no_flex, chosen=chosen, without=without
+    ):
         rows += some
         if options.out:  # after every case, so that a machine that goes away takes little with it
             record: Record = new_record("flash", "cuda", merged(rows, groups, options.out), NOTES)

@@ -243,7 +243,7 @@ def run(device: str) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, [
         f"Layers: one sequence, forward without gradient, E = {width}, heads of 64; whole layers.",
         "Attention is PyTorch's scaled_dot_product_attention; the others are made of PyTorch operations, "
-        "the SSM's scan in log-depth rounds over chunks of 256 tokens on a GPU (where a fused kernel would keep "
-        "its states on the chip), token by token on a CPU.",
+        "the SSM's scan in log-depth rounds over chunks of 256 tokens on a GPU, where a fused kernel would "
+        "keep its states on the chip, and token by token on a CPU.",
         "A crossover of None: attention was faster at the longest length.",
     ]

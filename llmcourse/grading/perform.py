@@ -28,6 +28,7 @@ import numpy as np
 
 from llmcourse.grading.plain import (
     NotPlainError,
+    as_bytes,
     between,
     is_tensor,
     layout,
@@ -291,8 +292,7 @@ def _same_tensor(a: Any, b: Any) -> bool:
 
     if type(b) is not torch.Tensor or a.shape != b.shape or a.dtype != b.dtype:
         return False
-    raw_a, raw_b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return bool(torch.equal(raw_a, raw_b))
+    return bool(torch.equal(as_bytes(a), as_bytes(b)))
 
 
 def _same(a: Any, b: Any) -> bool:

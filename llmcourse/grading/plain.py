@@ -181,9 +181,7 @@ def pack(message: Any, callable_id: CallableId | None = None) -> bytes:
             arrays[id(v)] = len(arrays)
             return ["a", v.dtype.str, list(v.shape), layout(v), keep(v.tobytes(order="C"))]
         if is_tensor(v):
-            import torch
-
-            raw = v.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            raw = as_bytes(v).numpy().tobytes()
             dtype = str(v.dtype).removeprefix("torch.")
             return ["T", dtype, list(v.shape), v.requires_grad, keep(raw), tensor_layout(v)]
         if callable_id is not None and callable(v):
@@ -314,6 +312,15 @@ def laid_out(array: np.ndarray, order: str) -> np.ndarray:
 
 
 ROW_GAP = 3  # elements between the rows of a tensor that lies in `rows`
+
+
+def as_bytes(tensor: Any) -> Any:
+    """A tensor's numbers in C order, as a tensor of bytes."""
+    import torch
+
+    # A copy: one element counts as contiguous whatever its stride, and `view` wants a stride of 1.
+    flat = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return flat.view(torch.uint8)
 
 
 def tensor_layout(tensor: Any) -> str:

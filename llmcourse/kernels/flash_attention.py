@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcourse.errors import DeviceError
+from llmcourse.errors import DeviceError, ShapeError
 from llmcourse.kernels.attention_reference import reference, reference_varlen
 from llmcourse.kernels.checks import StrideError, choose
 from llmcourse.kernels.flash_backward import backward as launch_backward
@@ -163,6 +163,9 @@ def flash_attention(
     interpret: bool,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse), launched. Arguments are checked by the functions above."""
+    if 0 in (q.numel(), k.numel()):  # the sum over no key is zero
+        shape = q.shape[:3] if cu_q is None else (q.shape[1], q.shape[0])
+        return torch.zeros_like(q), q.new_full(shape, -math.inf, dtype=torch.float32)
     tiles = chosen_plan(
         plan, q, k, v, causal=causal, window=window, packed=cu_q is not None, interpret=interpret
     )
@@ -207,6 +210,8 @@ def flash_attention_backward(
     interpret: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), launched."""
+    if 0 in (q.numel(), k.numel()):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     tiles = chosen_plan(
         plan, q, k, v, causal=causal, window=window, packed=cu_q is not None, interpret=interpret
     )
@@ -268,7 +273,10 @@ def chosen_plan(
             "q.half(), k.half(), v.half().",
         )
     hopper = not reason and bool(HOPPER) and not why_not_hopper(q, k, v, window=window)
-    return plan_for(q.shape[-1], q.dtype, capability, causal=causal, descriptors=not reason, hopper=hopper)
+    return plan_for(
+        q.shape[-1], q.dtype, capability,
+        causal=causal, window=window, descriptors=not reason, hopper=hopper,
+    )  # fmt: skip
 
 
 def why_not_hopper(q: Tensor, k: Tensor, v: Tensor, *, window: int, interpret: bool = False) -> str:

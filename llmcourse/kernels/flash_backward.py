@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from llmcourse.kernels.flash_forward import LOG2_E, columns, described, strides
-from llmcourse.kernels.flash_plan import Plan
+from llmcourse.kernels.flash_plan import Plan, unusable
 from llmcourse.kernels.flash_tiles import (
     at_head,
     bounds,
@@ -274,7 +274,8 @@ def backward(
 
     o, lse   what `flash_forward.forward` returned; do, dlse their gradients, of any strides
     """
-    if do.stride(-1) != 1:  # sum().backward() sends one number with all strides 0
+    # sum().backward() sends one number with all strides 0.
+    if do.stride(-1) != 1 or ("descriptor" in (plan.dkdv.rung, plan.dq.rung) and unusable(do)):
         do = do.contiguous()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if cu_q is None:

@@ -86,8 +86,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, *, interpret: bool = False) -> 
         strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             return f"{name}'s last dimension is not contiguous"
-        if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in strides):
-            return f"{name}'s rows do not start on multiples of 16 bytes, which the copy engine asks for"
+        if x.data_ptr() % 16 or any(stride == 0 or stride * x.itemsize % 16 for stride in strides):
+            return f"{name}'s rows do not start on different multiples of 16 bytes, as the copy engine asks"
     return ""
 
 

@@ -57,13 +57,16 @@ class Tiles(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Tiles:
         found = _TILES.fullmatch(text.strip())
-        if not found or found[1] not in RUNGS:
-            raise UnknownNameError(
-                f"{text!r} is no plan of a FlashAttention kernel.",
-                f"It names a rung ({', '.join(RUNGS)}), a tile, warps, stages and heads.",
-                f"{str(Tiles('pointer', 128, 64, 4, 3))!r}.",
-            )
-        return cls(found[1], *map(int, found.groups()[1:]))
+        if found and found[1] in RUNGS:
+            tiles = cls(found[1], *map(int, found.groups()[1:]))
+            square = all(n == power_of_two(n) >= 16 for n in (tiles.block_m, tiles.block_n))
+            if (square or tiles.rung == "hopper") and min(tiles[3:]) >= 1:
+                return tiles
+        raise UnknownNameError(
+            f"{text!r} is no plan of a FlashAttention kernel.",
+            f"It has a rung ({', '.join(RUNGS)}), a tile of powers of two from 16, warps, stages, heads.",
+            f"{str(Tiles('pointer', 128, 64, 4, 3))!r}.",
+        )
 
 
 class Plan(NamedTuple):
@@ -85,7 +88,14 @@ class Plan(NamedTuple):
                 "A plan has tiles for three kernels: forward, dkdv and dq.",
                 f"{str(INTERPRETED)!r}.",
             )
-        return cls(*map(Tiles.parse, parts))
+        plan = cls(*map(Tiles.parse, parts))
+        if "hopper" in (plan.dkdv.rung, plan.dq.rung):
+            raise UnknownNameError(
+                f"{text!r} has the rung 'hopper' backward.",
+                "It was written by hand for forward only.",
+                "'descriptor' or 'pointer' for dkdv and dq.",
+            )
+        return plan
 
 
 INTERPRETED = Plan(
@@ -103,9 +113,9 @@ POINTER = {
     (75, 2, 256): "16x32 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
     (75, 4, 64): "32x32 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
     (75, 4, 128): "16x16 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
-    (75, 4, 256): "16x16 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
-    (80, 2, 64): "128x64 w8 s3 h4 | 32x128 w8 s2 h4 | 128x64 w8 s2 h4",
-    (80, 2, 128): "64x64 w8 s2 h4 | 32x64 w8 s3 h4 | 64x64 w8 s2 h4",
+    (75, 4, 256): "16x32 w8 s1 h4 | 16x16 w8 s1 h4 | 16x16 w8 s1 h4",
+    (80, 2, 64): "128x64 w8 s3 h4 | 32x64 w4 s2 h4 | 128x64 w8 s2 h4",
+    (80, 2, 128): "128x64 w8 s3 h4 | 32x64 w8 s2 h4 | 64x64 w8 s2 h4",
     (80, 2, 256): "64x32 w8 s2 h4 | 32x32 w4 s2 h4 | 64x32 w8 s2 h4",
     (90, 2, 64): "128x64 w4 s3 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
     (90, 2, 128): "128x64 w8 s3 h8 | 32x128 w8 s3 h8 | 128x64 w8 s3 h8",
@@ -120,7 +130,9 @@ DESCRIPTOR_FULL = {
     (90, 2, 64): "128x64 w4 s3 h1 | 64x128 w8 s2 h1 | 128x64 w8 s3 h1",
     (90, 2, 128): "128x128 w8 s2 h1 | 64x128 w8 s2 h1 | 128x64 w8 s3 h1",
     (90, 2, 256): "128x64 w8 s2 h1 | 64x64 w8 s2 h1 | 64x64 w8 s2 h1",
-}
+}  # With a window there is a loop more, and dK and dV of 128 columns need a smaller tile for it.
+WINDOWED_DKDV = {("descriptor", 128): "descriptor 64x64 w8 s2 h8"}
+
 # The hand-written forward rung, by (head dim, causal), where it was measured to be faster: nowhere yet.
 HOPPER: dict[tuple[int, bool], str] = {}
 
@@ -165,6 +177,7 @@ def plan_for(
     capability: int,
     *,
     causal: bool,
+    window: int = 0,
     descriptors: bool = True,
     hopper: bool = False,
 ) -> Plan:
@@ -177,6 +190,8 @@ def plan_for(
     key = (max(capability, 75), dtype.itemsize, max(64, power_of_two(head_dim)))
     found = _newest(DESCRIPTOR_CAUSAL if causal else DESCRIPTOR_FULL, key) if descriptors else ""
     plan = _of_rung("descriptor", found) if found else _of_rung("pointer", _newest(POINTER, key))
+    if window and (smaller := WINDOWED_DKDV.get((plan.dkdv.rung, key[2]))):
+        plan = plan._replace(dkdv=Tiles.parse(smaller))
     by_hand = HOPPER.get((head_dim, causal)) if hopper else None
     return plan._replace(forward=Tiles.parse(by_hand)) if by_hand else plan
 

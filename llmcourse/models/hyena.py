@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class HyenaState(State):
     """tail [B, d_conv − 1, 3E], the last inputs of the short convolutions, and what the filter needs:
 
-    implicit   history [B, E, T], every input so far: E numbers a token, half of what multi-head attention keeps
+    implicit   history [B, E, T], every input so far: E numbers a token, half of multi-head attention's
     modal      modes [B, E, N, 2], one complex number a mode
 
-    `taps` keeps the implicit filter's values, the last first, while a sequence lasts. They come from the weights and serve all
-    rows, so they are not counted in `nbytes` (nor are the tables of RoPE).
+    `taps` keeps the implicit filter's values, the last first, while a sequence lasts. They come from the
+    weights and serve all rows, so they are not counted in `nbytes` (nor are the tables of RoPE).
     """
 
     recurrent = True

@@ -62,14 +62,13 @@ class ImplicitFilter(nn.Module):
         frequency = self.frequency.to(kind)
         for layer in (self.enter, self.mix):
             features = torch.sin(frequency * F.linear(features, layer.weight.to(kind), layer.bias.to(kind)))
-        return (F.linear(features, self.leave.weight.to(kind)) * self.window(t)).mT
+        return (F.linear(features, self.leave.weight.to(kind)) * self.window(t)).mT.contiguous()
 
     def window(self, t: Tensor) -> Tensor:
         """exp(−t / τ) for positions t [L] → [L, E], τ from a few tokens to the context, energy ½."""
         last = max(self.max_len, SHORTEST)
-        tau = SHORTEST * (last / SHORTEST) ** torch.linspace(
-            0, 1, self.channels, dtype=t.dtype, device=t.device
-        )
+        share = torch.linspace(0, 1, self.channels, dtype=t.dtype, device=t.device)
+        tau = SHORTEST * (last / SHORTEST) ** share
         return torch.exp(-t.unsqueeze(1) / tau) * tau.rsqrt()
 
     def convolve(self, u: Tensor, step: Step, state: HyenaState | None) -> Tensor:
@@ -86,7 +85,7 @@ class ImplicitFilter(nn.Module):
         if u.shape[-1] > 1:
             return fft_conv(history[..., :end], backwards.flip(-1)[:, :end])[..., step.start :]
         seen = history[..., :end].to(backwards.dtype)
-        return torch.einsum("bet,et->be", seen, backwards[:, -end:]).unsqueeze(-1).to(u.dtype)
+        return torch.linalg.vecdot(seen, backwards[:, -end:]).unsqueeze(-1).to(u.dtype)
 
     @staticmethod
     def _one_each(u: Tensor, history: Tensor, backwards: Tensor, positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the small trainings of notebook 07 share: sizes, first weights of a chosen size, honest measurements."""
+"""What the small trainings of notebook 07 share: sizes, first weights, and honest measurements."""
 
 from __future__ import annotations
 

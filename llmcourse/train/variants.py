@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmcourse.errors import ShapeError
 from llmcourse.models import ModelConfig, Transformer
+from llmcourse.models.convert_gqa import Pooling, to_gqa
 from llmcourse.models.sizes import LatentSizes
 from llmcourse.train.fit import accuracy, cross_entropy, fit
 from llmcourse.train.tasks import IGNORE, Batch
@@ -160,3 +161,24 @@ def train(config: ModelConfig, *, seed: int, steps: int = 100, device: str = "cp
     with torch.no_grad():
         loss = cross_entropy(model, test).item()
     return Trained(model, seed, loss, accuracy(model, test))
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model whose heads were joined: its loss before (`whole`), directly after, and after uptraining."""
+
+    whole: float
+    at_once: float
+    uptrained: float
+
+
+def convert(trained: Trained, n_kv_heads: int, how: Pooling, *, steps: int = 20) -> Converted:
+    """Join the heads of a trained multi-head variant and train the result `steps` more, more gently."""
+    device = trained.model.device
+    joined = to_gqa(trained.model, n_kv_heads, how=how, seed=trained.seed)
+    test = next(phone_book(batch=256, seed=10**6, device=device))
+    with torch.no_grad():
+        at_once = cross_entropy(joined, test).item()
+    fit(joined, phone_book(batch=64, seed=500 + trained.seed, device=device), steps=steps, lr=0.005)
+    with torch.no_grad():
+        return Converted(trained.loss, at_once, cross_entropy(joined, test).item())

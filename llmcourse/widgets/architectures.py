@@ -1,4 +1,4 @@
-"""Three architectures in one picture: what each position may look at, and what one looked at while writing."""
+"""Three architectures in one picture: what each may look at, and what one looked at while it wrote."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw_architectures(writer: EncoderDecoder, dates: Batch) -> tuple[Figure, Ax
     figure, axes = plt.subplots(1, 4, figsize=(9.6, 3), width_ratios=[0.5, 0.5, 1.15, 1.3])
     full = torch.ones(8, 8)
     for ax, name, mask in ((axes[0], "encoder", full), (axes[1], "decoder", full.tril())):
-        ax.imshow(mask, cmap="Blues", vmin=0, vmax=1.4)
+        ax.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4)
         ax.set(title=f"{name}\nmay look", xticks=[], yticks=[])
     source, target, lengths = (t[:1] for t in dates.inputs)
     maps = attention_maps(writer, source, target, lengths, cross=True)[-1].mean(0)

@@ -108,6 +108,7 @@ def test_what_it_cannot_take_is_named():
     assert "32" in unsupported(q[..., :32], k[..., :32], v[..., :32], interpret=True)
     shifted = torch.zeros(8 * 64 + 1, dtype=q.dtype)[1:].view(1, 1, 8, 64)
     assert "16 bytes" in unsupported(q, shifted, v, interpret=True)
+    assert "16 bytes" in unsupported(q.expand(2, 1, 8, 64), k, v, interpret=True)
     with pytest.raises(UnsupportedError, match="CPU"):
         forward(q, k, v)
     with pytest.raises(UnsupportedError, match="window"):
@@ -221,7 +222,7 @@ def test_every_schedule_of_the_sweep_fits():
 VERSION = """
 import json, torch, triton
 import test_flash_hopper as here
-target = here.compiled(64, False, here.Schedule(2, 64, 2))
+target = here.compiled(64, False, here.Schedule(2, 64, 2, ordered=False))
 print(json.dumps([triton.__version__, target.error, target.spills, target.tma, target.tensor_cores]))
 """
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from llmcourse.grading import plain as plain_module
+from llmcourse.grading.perform import perform
 from llmcourse.grading.plain import TENSORS, NotPlainError, laid_out, layout, pack, plain, unpack
 
 FORMATS = ["?", "i1", "u1", "<i2", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8", ">f4", ">i8", "<c8", "<c16", "g"]
@@ -152,6 +153,13 @@ def test_views_of_tensors_come_back_as_their_numbers():
             assert made.dtype == view.dtype
             assert torch.equal(made.resolve_conj().resolve_neg(), view.resolve_conj().resolve_neg())
             np.testing.assert_array_equal(made.numpy(), view.resolve_conj().resolve_neg().numpy())
+
+
+def test_a_single_element_comes_back_though_its_stride_is_not_one():
+    part = torch.tensor([[1 + 2j]]).real  # contiguous by torch's reckoning, with a stride of 2
+    assert part.stride() == (2, 2)
+    assert torch.equal(unpack(pack(part)), torch.tensor([[1.0]]))
+    assert perform(lambda x: x, [torch.tensor([1 + 2j]).real]).changed == ()
 
 
 def test_a_result_has_left_its_graph():

@@ -40,7 +40,7 @@ def test_only_the_last_change_of_the_lead_counts():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_of_the_formulas_contain_the_matrix_products_that_are_counted(kind):
-    """PyTorch counts matrix products and not FFTs, scans or gates; its attention counter takes all S² pairs."""
+    """PyTorch counts matrix products, not FFTs, scans or gates; of attention it counts all S² pairs."""
     tokens, width = 4 * CHUNK, 64
     config = layer_config(kind, width=width, max_len=tokens)
     layer = MIXERS[config.kinds[0]](config).to("meta")
