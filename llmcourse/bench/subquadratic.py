@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcourse.bench.timing import measure
 from llmcourse.models import HyenaSizes, KVCache, ModelConfig, Transformer
@@ -27,6 +27,8 @@ from llmcourse.train.recall import Recall, train_recall
 
 KINDS = ("attention", "linear", "ssm", "hyena", "modal")
 """Layers that are compared; "modal" is a Hyena layer with a modal filter."""
+FUSED = "ssm fused"
+"""The SSM layer on the kernel of `llmcourse.kernels.selective_scan`; compared on a GPU."""
 STRIPES = {
     "convolution": ("hyena", "hyena"),
     "hybrid": ("hyena", "attention"),
@@ -52,7 +54,7 @@ def layer_config(kind: str, *, width: int, max_len: int, layers: int = 1) -> Mod
         d_ff=0,
         max_len=max_len,
         position="none",
-        layers=("hyena" if kind == "modal" else kind,) * layers,
+        layers=({"modal": "hyena", FUSED: "ssm"}.get(kind, kind),) * layers,
         hyena=HyenaSizes("modal" if kind == "modal" else "implicit"),
     )
 
@@ -78,8 +80,10 @@ def reader(kind: str, tokens: int, *, width: int, dtype: torch.dtype, device: st
     config = layer_config(kind, width=width, max_len=tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer: nn.Module = MIXERS[config.kinds[0]](config).to(device, dtype).requires_grad_(False)
+        layer: Any = MIXERS[config.kinds[0]](config).to(device, dtype).requires_grad_(False)
         x = torch.randn(1, tokens, width).to(device, dtype)
+    if kind == FUSED:
+        layer.scan = "fused"
     step = whole(tokens, device)
     return lambda: layer(x, step, None)
 
@@ -230,7 +234,8 @@ def run(device: str) -> tuple[list[dict[str, Any]], list[str]]:
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for dtype in (torch.bfloat16, torch.float32) if gpu else (torch.float32,):
-            timed = time_layers(lengths, width=width, dtype=dtype, device=device)
+            kinds = (*KINDS, FUSED) if gpu else KINDS
+            timed = time_layers(lengths, width=width, kinds=kinds, dtype=dtype, device=device)
             rows += timed
             for name, tokens in crossovers(timed).items():
                 kind = {"kind": "crossover", "dtype": timed[0]["dtype"], "width": width}
@@ -243,7 +248,7 @@ def run(device: str) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, [
         f"Layers: one sequence, forward without gradient, E = {width}, heads of 64; whole layers.",
         "Attention is PyTorch's scaled_dot_product_attention; the others are made of PyTorch operations, "
-        "the SSM's scan in log-depth rounds over chunks of 256 tokens on a GPU, where a fused kernel would "
-        "keep its states on the chip, and token by token on a CPU.",
+        "the SSM's scan in log-depth rounds over chunks of 256 tokens on a GPU, token by token on a CPU. "
+        f"{FUSED!r} scans in this course's Triton kernel, which keeps the states in registers.",
         "A crossover of None: attention was faster at the longest length.",
     ]

@@ -218,13 +218,14 @@ def candidates(kernel: str, head_dim: int, *, heads: Sequence[int] = HEADS) -> l
 
 
 def sweep(head_dim: int, *, causal: bool, heads: Sequence[int] = HEADS) -> list[Plan]:
-    """Plans that differ from the H100's own in one kernel: the three are tuned one by one."""
+    """The H100's own plan, then those that differ from it in one kernel: the three are tuned one by one."""
     own = plan_for(head_dim, torch.bfloat16, 90, causal=causal)
-    return [
+    tried = (
         own._replace(**{kernel: tiles})
         for kernel in Plan._fields
         for tiles in candidates(kernel, head_dim, heads=heads)
-    ]
+    )
+    return list(dict.fromkeys((own, *tried)))
 
 
 def unusable(*tensors: torch.Tensor, packed: bool = False) -> str:

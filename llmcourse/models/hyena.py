@@ -11,6 +11,7 @@ some of its layers: `layers = ("hyena", "hyena", "attention", …)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,19 +29,36 @@ if TYPE_CHECKING:
     from llmcourse.models.step import Step
 
 
+class Taps:
+    """A filter's values [E, T], the last first, worked out when a sequence begins; one for all rows.
+
+    Written in place: a CUDA graph finds them where they were when it was captured.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table, self.known = table, False
+
+    def backwards(self, taps: Callable[[int], Tensor]) -> Tensor:
+        if not self.known:
+            self.table.copy_(taps(self.table.shape[1]).detach().flip(-1))
+            self.known = True
+        return self.table
+
+
 class HyenaState(State):
     """tail [B, d_conv − 1, 3E], the last inputs of the short convolutions, and what the filter needs:
 
     implicit   history [B, E, T], every input so far: E numbers a token, half of multi-head attention's
     modal      modes [B, E, N, 2], one complex number a mode
 
-    `taps` keeps the implicit filter's values, the last first, while a sequence lasts. They come from the
-    weights and serve all rows, so they are not counted in `nbytes` (nor are the tables of RoPE).
+    `taps` keeps the implicit filter's values while a sequence lasts. They come from the weights and serve all
+    rows, so they are not counted in `nbytes` (nor are the tables of RoPE).
     """
 
     recurrent = True
     history: Tensor
     modes: Tensor
+    taps: Taps
 
     def __init__(
         self,
@@ -53,16 +71,16 @@ class HyenaState(State):
     ) -> None:
         sizes, width = config.hyena, config.d_model
         self.tail = torch.zeros(batch, sizes.d_conv - 1, 3 * width, dtype=dtype, device=device)
-        if sizes.kind == "implicit":
-            self.history = self.tail.new_zeros(batch, width, max_len)
-        else:
+        if sizes.kind == "modal":
             self.modes = self.tail.new_zeros(batch, width, sizes.d_state, 2, dtype=accumulator(dtype))
-        self.max_len = max_len
-        self.taps: list[Tensor] = []  # one list for all rows
+            return
+        self.history = self.tail.new_zeros(batch, width, max_len)
+        self.taps = Taps(torch.zeros(width, max_len, dtype=accumulator(dtype), device=device))
 
     def reset(self) -> None:
         super().reset()
-        self.taps.clear()
+        if hasattr(self, "taps"):
+            self.taps.known = False
 
 
 class Hyena(nn.Module):

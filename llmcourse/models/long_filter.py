@@ -75,9 +75,8 @@ class ImplicitFilter(nn.Module):
         """u [B, E, S] → [B, E, S], by FFT; with a state, u continues the inputs that it holds."""
         if state is None:
             return fft_conv(u, self(u.shape[-1]))
-        if not state.taps:
-            state.taps.append(self(state.max_len).detach().flip(-1))
-        history, backwards = state.history, state.taps[0]  # the last tap first: a dot product needs no flip
+        # The last tap first: the dot product of a token with all before it needs no flip then.
+        history, backwards = state.history, state.taps.backwards(self)
         if step.start is None:
             return self._one_each(u, history, backwards, step.positions)
         end = step.start + u.shape[-1]

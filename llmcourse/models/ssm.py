@@ -148,8 +148,9 @@ class SSM(nn.Module):
     """x → (u, gate) → short convolution of u → selective scan → times silu(gate) → out.
 
     The weights have the names and shapes of transformers' MambaMixer; only conv1d is [C, width] here.
-    scan   "parallel", "sequential" (the same numbers), or "auto": parallel on a GPU. One CPU core has nothing
-           to run side by side, and the parallel scan does log₂ S times the work.
+    scan   "parallel", "sequential", "fused" (the same numbers), or "auto": parallel on a GPU. One CPU core
+           has nothing to run side by side, and the parallel scan does log₂ S times the work. "fused" is the
+           kernel of `llmcourse.kernels.selective_scan`: no gradient, and on a CPU the reference.
     """
 
     state = SSMState
@@ -180,9 +181,15 @@ class SSM(nn.Module):
         dt = F.softplus(linear(low, self.dt_proj.weight).to(kind) + self.dt_proj.bias.to(kind))
         A = -torch.exp(self.A_log.to(kind))
         before = None if state is None else state.h
-        scan = ("sequential" if x.device.type == "cpu" else "parallel") if self.scan == "auto" else self.scan
-        chunk = CHUNK if x.device.type == "cpu" else LARGE_CHUNK
-        y, h = selective_scan(u.to(kind), dt, A, b.to(kind), c.to(kind), before, scan=scan, chunk=chunk)
+        if self.scan == "fused":
+            from llmcourse.kernels.selective_scan import selective_scan as fused_scan
+
+            y, h = fused_scan(u, dt, A, b, c, before)
+        else:
+            cpu = x.device.type == "cpu"
+            scan = ("sequential" if cpu else "parallel") if self.scan == "auto" else self.scan
+            chunk = CHUNK if cpu else LARGE_CHUNK
+            y, h = selective_scan(u.to(kind), dt, A, b.to(kind), c.to(kind), before, scan=scan, chunk=chunk)
         if state is not None:
             state.tail.copy_(tail.detach())
             state.h.copy_(h.detach())

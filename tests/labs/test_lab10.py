@@ -20,6 +20,7 @@ from llmcourse.models import KVCache
 from llmcourse.models.config import ModelConfig
 from llmcourse.models.loading import random_model
 from llmcourse.plug import PlugError, plug
+from llmcourse.plug.flash_at_work import Attending, bytes_of, of_one_head
 
 LAB = find_lab("10")
 EXPECTED_BYTES = import_module("llmcourse.labs.lab10_flash_attention.flash_bytes").expected
@@ -176,3 +177,33 @@ def test_a_sliding_window_is_refused_since_the_function_cannot_know_it():
     windowed = random_model(config, dtype="float32")
     with pytest.raises(PlugError, match="hides keys"), plug(flash_forward=by_torch), torch.no_grad():
         windowed(TOKENS)
+
+
+# ── the five functions at work ───────────────────────────────────────────────────────────────────────
+
+
+def of_bank(name, which=0):
+    return LAB.exercise(name).alternatives[which].fn
+
+
+def test_what_the_bank_s_right_functions_say_of_a_head_is_torch_s_and_the_counters():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(4, 5, 16), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    off, grads_off = of_one_head(of_bank("online_attention"), of_bank("flash_backward"), q[0], k[0], v[0])
+    assert max(off, grads_off) < 1e-5
+    said, counted = bytes_of(of_bank("flash_bytes"), of_bank("flash_forward"), q, k, v)
+    assert said == counted > 0
+
+
+def test_a_decoding_step_is_attended_to_in_two_parts_and_merged(model):
+    def whole(q, k, v, causal, block_m, block_n):
+        return by_torch(q, k, v, causal)
+
+    attending = Attending(whole, of_bank("merge_partials"))
+    own = through_a_cache(model)
+    with plug(flash_forward=attending):
+        merged = through_a_cache(model)
+    assert torch.allclose(own, merged, rtol=1e-4, atol=1e-5)
+    assert attending.merged == CONFIG.n_layers * 3  # a step of both sequences, and one of each
+    assert attending.first is not None
+    assert attending.first[0].shape == (8, 3, 8)

@@ -107,9 +107,7 @@ def uptrained() -> dict[tuple[int, str], Converted]:
     """Eight trained heads joined to four, and trained 20 steps more."""
     whole = {seed: train(SMALL["MHA"], seed=seed, steps=200) for seed in SEEDS}
     return {
-        (seed, how): convert(trained, 4, how)
-        for seed, trained in whole.items()
-        for how in get_args(Pooling)
+        (seed, how): convert(trained, 4, how) for seed, trained in whole.items() for how in get_args(Pooling)
     }
 
 

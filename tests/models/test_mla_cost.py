@@ -26,6 +26,10 @@ def test_flops_and_bytes_are_those_of_the_formulas(queries: int, tokens: int) ->
 
 def test_deepseek_v3_absorbs_at_decode_and_expands_at_prefill() -> None:
     config = published("DeepSeek-V3").config
-    cost = {(f, s): mla_cost(config, f, queries=s, tokens=4096) for f in ("expanded", "absorbed") for s in (1, 4096)}
+    cost = {
+        (form, queries): mla_cost(config, form, queries=queries, tokens=4096)
+        for form in ("expanded", "absorbed")
+        for queries in (1, 4096)
+    }
     assert cost["expanded", 1].flops > 100 * cost["absorbed", 1].flops
     assert cost["absorbed", 4096].flops > 3 * cost["expanded", 4096].flops
