@@ -12,6 +12,7 @@ from llmcourse.bench.ceilings import copy_bandwidth
 from llmcourse.bench.ladder import QUESTION, climb
 from llmcourse.engine import Timing
 from llmcourse.models import load
+from llmcourse.models.peer import llama
 
 
 def run(device: str, *, new_tokens: int = 128, rounds: int = 5) -> tuple[list[dict[str, Any]], list[str]]:
@@ -34,7 +35,7 @@ def peers(device: str, *, new_tokens: int, rounds: int) -> list[dict[str, Any]]:
     import transformers
 
     model, tokenizer = load(device=device, dtype="bfloat16")
-    peer = to_transformers(model)
+    peer = llama(model)
     ids = torch.tensor([tokenizer.encode(tokenizer.chat(QUESTION))], device=device)
     rows = []
     for batch in (1, 8):
@@ -74,45 +75,3 @@ def _generate(peer: Any, ids: torch.Tensor, new_tokens: int) -> Timing:
             stopping_criteria=[tick],
         )
     return timing
-
-
-def to_transformers(model: Any) -> Any:
-    """The same weights in transformers' LlamaForCausalLM."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = model.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.d_model,
-        intermediate_size=c.d_ff,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        max_position_embeddings=c.max_len,
-        rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-    )
-    state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
-    for i, block in enumerate(model.blocks):
-        at = f"model.layers.{i}."
-        q, k, v = block.mixer.qkv.weight.split(block.mixer.sizes)
-        gate, up = block.mlp.gate_up.weight.chunk(2)
-        state |= {
-            f"{at}input_layernorm.weight": block.mixer_norm.weight,
-            f"{at}post_attention_layernorm.weight": block.mlp_norm.weight,
-            f"{at}self_attn.q_proj.weight": q,
-            f"{at}self_attn.k_proj.weight": k,
-            f"{at}self_attn.v_proj.weight": v,
-            f"{at}self_attn.o_proj.weight": block.mixer.out.weight,
-            f"{at}mlp.gate_proj.weight": gate,
-            f"{at}mlp.up_proj.weight": up,
-            f"{at}mlp.down_proj.weight": block.mlp.down.weight,
-        }
-    with torch.device(model.device):
-        peer = LlamaForCausalLM(config).to(model.dtype)
-    missing = peer.load_state_dict(state, strict=False).missing_keys
-    assert missing in ([], ["lm_head.weight"]), missing
-    peer.tie_weights()
-    return peer.eval()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmcourse.errors import ModelError, UnknownNameError
 from llmcourse.models.config import ModelConfig
+from llmcourse.models.loading import assemble
 from llmcourse.models.transformer import Transformer
 
 Pooling = Literal["mean", "first", "random"]
@@ -31,17 +32,13 @@ def to_gqa(model: Transformer, n_kv_heads: int, *, how: Pooling = "mean", seed: 
     """
     config = model.config
     _check(config, n_kv_heads, how)
-    with torch.device("meta"):
-        converted = Transformer(replace(config, n_kv_heads=n_kv_heads))
     generator = torch.Generator().manual_seed(seed)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name in state:
         if ".mixer.qkv." in name:
             state[name] = _pool(state[name], config, n_kv_heads, how, generator)
-    converted.rope = type(converted.rope)(config).to(model.device, model.dtype)
-    converted.load_state_dict(state, assign=True)
-    if config.tie_embeddings:
-        converted.head.weight = converted.embedding.weight
+    converted = assemble(replace(config, n_kv_heads=n_kv_heads), state)
+    converted.rope.to(model.device, model.dtype)
     return converted.train(model.training)
 
 

@@ -45,16 +45,24 @@ def load(
             "A model is a .gguf file, or a folder with config.json, tokenizer.json and *.safetensors.",
             "a path that exists; without one, the course's own model is used.",
         )
+    return assemble(config, state).to(place, number).eval().requires_grad_(False), tokenizer
+
+
+def assemble(config: ModelConfig, state: dict[str, torch.Tensor]) -> Transformer:
+    """A model of these sizes around these weights, which are neither copied nor moved.
+
+    Raises ModelError that names the first weight that is missing or has another shape.
+    """
     with torch.device("meta"):
         model = Transformer(config)
-    model.rope = type(model.rope)(config)
+    model.rope = type(model.rope)(config)  # its tables are no weights: they are made, not read
     if config.tie_embeddings and "embedding.weight" in state:
-        state["head.weight"] = state["embedding.weight"]
+        state = state | {"head.weight": state["embedding.weight"]}
     check_shapes(config, model, state)
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embedding.weight
-    return model.to(place, number).eval().requires_grad_(False), tokenizer
+    return model
 
 
 def random_model(

@@ -1,7 +1,8 @@
 """The same weights under another configuration, for the choices that change no weight.
 
 A sliding window, its sinks or another stretching of the positions are decisions of the one who runs a model.
-Whether the model bears them is another matter: it was trained with the ones it was trained with.
+Whether the model bears them is another matter: it was trained with the ones it was trained with. One that was
+trained with full attention may need the sinks (Xiao et al. 2023, arXiv:2309.17453).
 """
 
 from __future__ import annotations
@@ -9,37 +10,26 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from llmcourse.errors import ModelError
+from llmcourse.models.loading import assemble
 from llmcourse.models.transformer import Transformer
 
 
 def reconfigured(model: Transformer, **changes: Any) -> Transformer:
     """`model` with fields of its configuration changed, sharing its weights: no memory, no copy.
 
-        reconfigured(model, layers=("window",) * model.config.n_layers, window=64, sinks=4)
+        reconfigured(model, rope_scaling=RopeScaling("linear", factor=4.0))
 
     Raises ModelError when the change asks for weights that the model does not have.
     """
-    config = replace(model.config, **changes)
-    with torch.device("meta"):
-        other = Transformer(config)
-    have = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    want = {name: tensor.shape for name, tensor in other.state_dict().items()}
-    if have != want:
-        name = next(n for n in sorted(have | want) if have.get(n) != want.get(n))
-        raise ModelError(
-            f"the weight {name} has shape {_shape(have.get(name))} and would need {_shape(want.get(name))}.",
-            "The same weights serve another configuration only if it asks for the same shapes.",
-            "changing window, sinks, layers (attention to window or back) or rope_scaling only.",
-        )
-    other.rope = type(other.rope)(config).to(model.device, model.dtype)
-    other.load_state_dict(model.state_dict(), assign=True)
-    if config.tie_embeddings:
-        other.head.weight = other.embedding.weight
+    other = assemble(replace(model.config, **changes), model.state_dict())
+    other.rope.to(model.device, model.dtype)
     return other.train(model.training).requires_grad_(False)
 
 
-def _shape(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(list(shape))
+def with_window(model: Transformer, window: int, sinks: int = 0) -> Transformer:
+    """`model` with sliding-window attention in place of full attention, sharing its weights.
+
+    Raises ShapeError for a window below 1.
+    """
+    kinds = tuple("window" if kind == "attention" else kind for kind in model.config.kinds)
+    return reconfigured(model, layers=kinds, window=window, sinks=sinks)

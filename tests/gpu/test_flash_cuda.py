@@ -1,4 +1,4 @@
-"""FlashAttention on a GPU, at real sizes: against float64, against torch's back-ends, in graphs and compiled."""
+"""FlashAttention on a GPU at real sizes: against float64 and torch's back-ends, in graphs, compiled."""
 
 from __future__ import annotations
 

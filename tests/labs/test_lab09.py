@@ -22,8 +22,8 @@ from llmcourse.labs.lab09_attention_variants.window_mask import expected as expe
 from llmcourse.models import KVCache, LatentSizes, ModelConfig, random_model
 from llmcourse.models.convert_gqa import to_gqa
 from llmcourse.models.published import MODELS
+from llmcourse.models.reconfigure import with_window
 from llmcourse.models.step import window_mask as package_mask
-from llmcourse.models.windowed import with_window
 from llmcourse.plug import PlugError, plug
 
 LAB = find_lab("09")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcourse.errors import ModelError
+from llmcourse.errors import ModelError, ShapeError
 from llmcourse.models import ModelConfig, Transformer
-from llmcourse.models.reconfigure import reconfigured
+from llmcourse.models.reconfigure import reconfigured, with_window
 from llmcourse.models.sizes import RopeScaling
 
 
@@ -38,9 +38,16 @@ def test_positions_follow_the_new_configuration(model) -> None:
 
 
 def test_a_change_of_shapes_is_refused_by_name(model) -> None:
-    with pytest.raises(
-        ModelError, match=r"mixer\.qkv\.weight has shape \[48, 24\] and would need \[72, 24\]"
-    ):
+    with pytest.raises(ModelError, match=r"mixer\.qkv\.weight is of shape \[48, 24\]; .* ask for \[72, 24\]"):
         reconfigured(model, n_kv_heads=4)
-    with pytest.raises(ModelError, match=r"has shape none and would need"):
+    with pytest.raises(ModelError, match=r"is missing"):
         reconfigured(model, n_layers=3)
+
+
+def test_a_window_can_be_put_on_by_its_size(model) -> None:
+    tokens = torch.randint(37, (2, 11))
+    assert torch.allclose(with_window(model, 11)(tokens), model(tokens), atol=1e-6)
+    assert not torch.allclose(with_window(model, 10)(tokens), model(tokens), atol=1e-6)
+    assert with_window(model, 3, sinks=1).config.kinds == ("window", "window")
+    with pytest.raises(ShapeError):
+        with_window(model, 0)

@@ -1,4 +1,4 @@
-"""A trained model behind a window, and how surprised a model is by a text."""
+"""How surprised a model is by a text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from llmcourse.errors import ShapeError
 from llmcourse.models import ModelConfig, random_model
 from llmcourse.models.perplexity import perplexity
-from llmcourse.models.windowed import with_window
 
 CONFIG = ModelConfig(
     vocab_size=40, d_model=24, n_layers=2, n_heads=6, n_kv_heads=6, head_dim=4, d_ff=32, qkv_bias=True
@@ -20,27 +19,6 @@ TOKENS = torch.randint(0, 40, (2, 13), generator=torch.Generator().manual_seed(0
 def model():
     torch.manual_seed(1)
     return random_model(CONFIG, dtype=torch.float64)
-
-
-@torch.no_grad()
-def test_a_window_as_wide_as_the_text_changes_nothing_and_a_narrower_one_does(model):
-    assert torch.allclose(with_window(model, 13)(TOKENS), model(TOKENS))
-    assert not torch.allclose(with_window(model, 12)(TOKENS), model(TOKENS))
-
-
-def test_a_window_shares_the_weights(model):
-    narrow = with_window(model, 3, sinks=1)
-    assert narrow.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
-    assert narrow.head.weight is narrow.embedding.weight
-    assert narrow.config.kinds == ("window", "window")
-
-
-def test_a_window_that_shows_a_token_not_even_itself_is_refused(model):
-    with pytest.raises(ShapeError):
-        with_window(model, 0)
-
-
-# ── perplexity ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.no_grad()
