@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from llmcourse.grading.trial import LocalSubject
 from llmcourse.grading.verdict import judge
+from llmcourse.kernels.compile_report import compile_report
 from llmcourse.kernels.counters import counting
 from llmcourse.labs import find_lab
 from llmcourse.labs.lab10_flash_attention.reference import attention, gradients, visible
@@ -66,6 +67,18 @@ def test_the_formula_of_bytes_is_what_the_counters_count(S, T, causal, blocks):
     with counting() as moved:
         LAUNCHED(q, k, v, causal, *blocks)
     assert moved.bytes == EXPECTED_BYTES(S, T, 16, *blocks, causal, 2)
+
+
+@pytest.mark.parametrize("kernel", ["flash_kernel", "two_loops_kernel"])
+def test_the_bank_s_kernels_compile_for_a_gpu_too(kernel):
+    module = import_module("llmcourse.labs.lab10_flash_attention.flash_forward")
+    q, lse = torch.empty(4, 64, 32, dtype=torch.float16, device="meta"), torch.empty(4, 64, device="meta")
+    sizes = {"D": 32, "BM": 16, "BN": 32, "CAUSAL": True}
+    report = compile_report(
+        getattr(module, kernel), q, q, q, q, lse, 64, 64, 2, 0.1, **sizes, capabilities=(90,)
+    )
+    assert report[90].tensor_core_opcodes
+    assert report[90].spills == 0
 
 
 # ── what a learner is told ───────────────────────────────────────────────────────────────────────────

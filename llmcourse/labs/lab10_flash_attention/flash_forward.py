@@ -28,7 +28,7 @@ flash_forward = Exercise(
         "cost      q is read and out and lse are written once; for each tile of queries the blocks of k",
         "          and v that it sees a key of are read once, and no others (the count of flash_bytes)",
     ),
-     formula="s = q·kᵀ / √D   lse[h, i] = log Σ_j exp s[i, j]   out[h, i] = Σ_j exp(s[i, j] − lse[h, i])·v_j",
+    formula="s = q·kᵀ / √D   lse[h, i] = log Σ_j exp s[i, j]   out[h, i] = Σ_j exp(s[i, j] − lse[h, i])·v_j",
     difficulty=5,
     importance=5,
     minutes=60,
@@ -176,8 +176,8 @@ def flash_kernel(
     i = tile * BM + tl.arange(0, BM)
     d = tl.arange(0, D)
     rows = (head * S + i[:, None]) * D + d[None, :]
-    loaded = i >= 0 if FAULT == "rows_unmasked" else i < S
-    qt = tl.load(q + rows, mask=loaded[:, None], other=0.0)
+    there = i >= 0 if FAULT == "rows_unmasked" else i < S
+    qt = tl.load(q + rows, mask=there[:, None], other=0.0)
     m = tl.full((BM,), 0.0 if FAULT == "zero_m" else -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros(
