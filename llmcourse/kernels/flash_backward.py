@@ -287,12 +287,12 @@ def backward(
         batches, queries, keys = len(cu_q) - 1, max_q, max_k
         lse_strides = (0, lse.stride(0))
         dlse_strides = (0, 0, 0) if dlse is None else (0, *dlse.stride())
-    # A number for each query, up to the end of the last tile: what lies beyond the last query is multiplied
-    # by rows of zeros, and must be finite.
-    rows_of_tile = max(plan.dkdv.block_m, plan.dq.block_m)
-    padded = ceil_div(lse.shape[-1], rows_of_tile) * rows_of_tile + (0 if cu_q is None else rows_of_tile)
-    lse2, delta = torch.zeros(2, *lse.shape[:-1], padded, dtype=torch.float32, device=q.device)
-    row_strides = (lse2.stride(0), lse2.stride(1)) if cu_q is None else (0, lse2.stride(0))
+    # A number for each query and, behind the last one of each sequence, zeros up to the end of its last tile:
+    # there q and dO are zero, and zero times what is read here must be zero.
+    tile = max(plan.dkdv.block_m, plan.dq.block_m)
+    rows = ceil_div(queries, tile) * tile if cu_q is None else lse.shape[-1] + batches * tile
+    lse2, delta = torch.zeros(2, *lse.shape[:-1], rows, dtype=torch.float32, device=q.device)
+    row_strides = (lse2.stride(0), lse2.stride(1)) if cu_q is None else (tile, lse2.stride(0))
     blocks = ceil_div(queries, ROWS)
     launch(
         rows_kernel, blocks * heads * batches,
@@ -305,8 +305,8 @@ def backward(
 
     tiles = plan.dkdv
     descriptor = tiles.rung == "descriptor"
-    rows = (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m)
-    sources = [described(x, n) if descriptor else x for x, n in zip((q, k, v, do), rows, strict=True)]
+    blocks_of = (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m)
+    sources = [described(x, n) if descriptor else x for x, n in zip((q, k, v, do), blocks_of, strict=True)]
     blocks = ceil_div(keys, tiles.block_n)
     launch(
         dkdv_kernel, blocks * kv_heads * batches,
@@ -319,8 +319,8 @@ def backward(
 
     tiles = plan.dq
     descriptor = tiles.rung == "descriptor"
-    rows = (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m)
-    sources = [described(x, n) if descriptor else x for x, n in zip((q, k, v, do), rows, strict=True)]
+    blocks_of = (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m)
+    sources = [described(x, n) if descriptor else x for x, n in zip((q, k, v, do), blocks_of, strict=True)]
     blocks = ceil_div(queries, tiles.block_m)
     launch(
         dq_kernel, blocks * heads * batches,
