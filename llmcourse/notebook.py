@@ -21,7 +21,9 @@ class Source:
         from pygments.formatters import HtmlFormatter
         from pygments.lexers import PythonLexer
 
-        return highlight(self.text, PythonLexer(), HtmlFormatter(noclasses=True, style="friendly"))
+        # Long lines scroll: JupyterLab would break them within a word.
+        look = HtmlFormatter(noclasses=True, style="friendly", prestyles="white-space: pre; overflow-x: auto")
+        return highlight(self.text, PythonLexer(), look)
 
 
 def show_source(*objects: Callable[..., Any] | type) -> Source:
@@ -34,8 +36,12 @@ def judge(predicted: float, measured: float, unit: str = "", word: str = "measur
 
     word   how the number came about, where it was not measured: "simulated", "recorded", "counted"
     """
+
+    def number(x: float) -> str:
+        return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:,.4g}"
+
     unit = f" {unit}" if unit else ""
-    head = f"you said {predicted:,.4g}{unit}, {word} {measured:,.4g}{unit}"
+    head = f"you said {number(predicted)}{unit}, {word} {number(measured)}{unit}"
     if predicted <= 0 or measured <= 0:
         return f"{head}: off by {measured - predicted:+.4g}{unit}"
     ratio = measured / predicted

@@ -19,9 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmcourse.kernels.checks import Backend, check_shape, check_together, choose
+from llmcourse.errors import GraphError, ShapeError
+from llmcourse.kernels.checks import Backend, check_float, check_shape, check_together, choose
 from llmcourse.kernels.language import tl, triton
 from llmcourse.kernels.launch import ceil_div, launch, power_of_two
+from llmcourse.models.recurrent import accumulator
 from llmcourse.models.ssm import scan_parallel
 from llmcourse.models.ssm import selective_scan as reference
 
@@ -92,17 +94,38 @@ def selective_scan(
 
     x, dt [B, S, E], A [E, N], B, C [B, S, N], h [B, E, N] (None: zeros) → y [B, S, E], h [B, E, N]
 
-    Raises ShapeError or DeviceError when the tensors do not belong together.
+    Raises ShapeError or DeviceError when the tensors do not belong together, GraphError when a gradient is
+    wanted of the kernel.
     """
-    check_together(x=x, dt=dt, A=A, B=B, C=C)
+    check_together(x=x, dt=dt, A=A, B=B, C=C, **({} if h is None else {"h": h}))
+    if x.dim() != 3 or A.dim() != 2 or 0 in (*x.shape, *A.shape) or chunk < 1:
+        raise ShapeError(
+            f"x has shape {tuple(x.shape)}, A {tuple(A.shape)}, and a chunk {chunk} tokens.",
+            "The scan reads x [B, S, E] with A [E, N], chunk by chunk, and none of them is empty.",
+            "at least one of each.",
+        )
     batch, tokens, channels = x.shape
     states = A.shape[1]
+    check_shape("A", A, (channels, states), "Every channel has its own rates of decay.")
+    if h is not None:
+        check_shape("h", h, (batch, channels, states), "Every sequence starts from a state for each rate.")
     check_shape("dt", dt, x.shape, "Every token has a step size for each channel.")
     for name, t in (("B", B), ("C", C)):
         check_shape(name, t, (batch, tokens, states), "Every token has a direction of as many states as A.")
     way = choose(backend, x, dt, A, B, C)
     if way == "reference":
-        return reference(x, dt, A, B, C, h)
+        kind = accumulator(x.dtype)
+        start = None if h is None else h.to(kind)
+        y, after = reference(x.to(kind), dt.to(kind), A.to(kind), B.to(kind), C.to(kind), start)
+        return y.to(x.dtype), after
+    for name, t in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C)):
+        check_float(name, t)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C)):
+        raise GraphError(
+            "a gradient is wanted of the fused scan.",
+            "It keeps no states for a backward pass, so the layers before it would silently learn nothing.",
+            'torch.no_grad(), or scan="parallel", which has a gradient.',
+        )
     x, dt, A, B, C = (t.detach().contiguous() for t in (x, dt, A, B, C))
     parts = ceil_div(tokens, chunk)
     last = x.new_empty(batch, parts, channels, states, dtype=torch.float32)

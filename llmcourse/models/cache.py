@@ -134,6 +134,7 @@ class KVCache:
         self.layers: list[State] = [
             MIXERS[kind].state(config, batch, max_len, dtype=dtype, device=device) for kind in config.kinds
         ]
+        self.kinds, self.dtype = config.kinds, dtype
         self.max_len = max_len
         self.lengths = [0] * batch
 
@@ -147,6 +148,12 @@ class KVCache:
 
     def row(self, index: int) -> KVCache:
         """Sequence `index` alone, sharing this cache's memory (its `lengths` is a copy)."""
+        if not -self.batch <= index < self.batch:
+            raise ShapeError(
+                f"row {index} of a cache of {self.batch} sequences.",
+                "Each sequence has one row, and they are counted from 0.",
+                f"a row from 0 to {self.batch - 1}.",
+            )
         view = copy.copy(self)
         view.layers = [state.row(index) for state in self.layers]
         view.lengths = [self.lengths[index]]
@@ -157,6 +164,21 @@ class KVCache:
         for state in self.layers:
             state.reset()
         self.lengths = [0] * self.batch
+
+    def belongs_to(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Check that it was made for layers of these kinds, and for numbers of this type (or autocast's)."""
+        if self.kinds != config.kinds:
+            raise ShapeError(
+                f"a cache for layers {self.kinds} came to a model of {config.kinds}.",
+                "Each kind of layer keeps something else of a sequence.",
+                "KVCache(model.config, …).",
+            )
+        if self.dtype != dtype and not any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise ShapeError(
+                f"a cache of {self.dtype} came to a model of {dtype}.",
+                "What is kept is multiplied with what is new, and both need one type.",
+                "KVCache(model.config, …, dtype=model.dtype).",
+            )
 
     def require(self, new: int) -> None:
         """Check that every sequence has room for `new` more tokens."""

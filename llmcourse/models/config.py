@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmcourse.errors import ShapeError
-from llmcourse.models.sizes import HyenaSizes, LatentSizes, RopeScaling, SSMSizes
+from llmcourse.models.sizes import HyenaSizes, LatentSizes, RopeScaling, SSMSizes, at_least, one_of
 
 KINDS = ("attention", "window", "latent", "linear", "ssm", "hyena")
 
@@ -64,6 +64,12 @@ class ModelConfig:
     bias: bool = False
 
     def __post_init__(self) -> None:
+        at_least(1, vocab_size=self.vocab_size, d_model=self.d_model, max_len=self.max_len)
+        at_least(1, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
+        at_least(0, n_layers=self.n_layers, d_ff=self.d_ff, window=self.window, sinks=self.sinks)
+        one_of(("rms", "layer"), norm=self.norm)
+        one_of(("swiglu", "gelu", "relu"), mlp=self.mlp)
+        one_of(("rope", "learned", "sinusoidal", "none"), position=self.position)
         if self.n_heads % self.n_kv_heads:
             fits = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
             raise ShapeError(
@@ -77,6 +83,12 @@ class ModelConfig:
                 f"{'rope_dim' if self.latent else 'head_dim'} = {self.rope_dim} is odd.",
                 "Rotary position embedding turns the features of a head in pairs.",
                 f"{self.rope_dim + 1}.",
+            )
+        if self.position == "rope" and self.rope_scaling.kind == "ntk" and self.rope_dim == 2:
+            raise ShapeError(
+                "NTK scaling came for heads that turn one pair of features.",
+                "It stretches the slowest pair and keeps the fastest, and here they are the same one.",
+                "another kind of scaling, e.g. linear, or wider heads.",
             )
         self._check_layers()
 

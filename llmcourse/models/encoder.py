@@ -64,6 +64,7 @@ def padding_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
     Raises ShapeError unless each row has a length from 1 to S: a row that sees nothing has no softmax.
     """
     batch, width = tokens.shape
+    lengths = torch.as_tensor(lengths)  # a list of numbers will do
     if lengths.shape != (batch,) or not bool(((lengths >= 1) & (lengths <= width)).all()):
         raise ShapeError(
             f"lengths {lengths.tolist()} came for {batch} rows of {width} tokens.",

@@ -27,6 +27,7 @@ from llmcourse.models.config import ModelConfig
 from llmcourse.models.encoder import Encoder, padding_mask
 from llmcourse.models.linear import linear
 from llmcourse.models.norm import norm
+from llmcourse.models.sizes import at_least
 from llmcourse.models.state import State
 from llmcourse.models.step import Step
 from llmcourse.models.transformer import Transformer
@@ -130,6 +131,7 @@ class EncoderDecoder(nn.Module):
 
         room   tokens of target to make room for; 0 when the target will be given whole
         """
+        at_least(0, room=room)
         features = self.encoder(source, source_lengths)
         mask = None if source_lengths is None else padding_mask(source, source_lengths)
         states = []
@@ -137,13 +139,14 @@ class EncoderDecoder(nn.Module):
             k, v = block.cross.remember(features)  # type: ignore[union-attr, operator]
             own = KVState(self.config, len(source), room, dtype=k.dtype, device=k.device) if room else None
             states.append(CrossState(k, v, mask, own))
-        return Reading(states, batch=len(source), room=room)
+        return Reading(self.config, states, batch=len(source), room=room, dtype=features.dtype)
 
     @torch.inference_mode()
     def generate(
         self, source: Tensor, source_lengths: Tensor | None = None, *, start: int, end: int, room: int
     ) -> list[list[int]]:
         """The likeliest next token, again and again, up to `end` (left out) or `room` tokens a row."""
+        at_least(1, room=room)
         reading = self.read(source, source_lengths, room=room)
         tokens = torch.full((len(source), 1), start, device=source.device)
         written = []
@@ -159,7 +162,10 @@ class EncoderDecoder(nn.Module):
 class Reading(KVCache):
     """A source that was read: a cache whose layers hold its keys and values, and room for the target's."""
 
-    def __init__(self, states: list[CrossState], *, batch: int, room: int) -> None:
+    def __init__(
+        self, config: ModelConfig, states: list[CrossState], *, batch: int, room: int, dtype: torch.dtype
+    ) -> None:
+        self.kinds, self.dtype = config.kinds, dtype
         self.layers = list(states)
         self.max_len = room
         self.lengths = [0] * batch

@@ -55,7 +55,9 @@ def attention_maps(model: nn.Module, *inputs: Tensor, cross: bool = False) -> Te
     inputs   what it is called with, a batch of one: `attention_maps(model, tokens)`
     cross    the decoder's weights on the source, of an encoder-decoder, instead of each stack's on itself
 
-    Raises ShapeError for a batch of several, and for models without such layers.
+    Layers of other kinds have no weights and are left out.
+
+    Raises ShapeError for a batch of several, for models without such layers, and where they differ in size.
     """
     if len(inputs[0]) != 1:
         raise ShapeError(
@@ -71,6 +73,12 @@ def attention_maps(model: nn.Module, *inputs: Tensor, cross: bool = False) -> Te
             f"{type(model).__name__} has no {'cross-' if cross else ''}attention layers.",
             "Only attention gives each pair of tokens a weight.",
             "a model whose layers are 'attention' or 'window'.",
+        )
+    if len(shapes := {m.shape for m in maps}) > 1:
+        raise ShapeError(
+            f"the layers' weights have shapes {', '.join(str(list(shape)) for shape in shapes)}.",
+            "One stack reads the source and another the target, and the two are not equally long.",
+            "attention_maps(model.encoder, source), or cross=True.",
         )
     return torch.stack(maps)
 
@@ -136,7 +144,7 @@ def on_pattern(maps: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def heads(model: nn.Module, *, vocab_size: int, length: int = 32, seed: int = 0) -> list[Head]:
+def heads(model: Transformer, *, vocab_size: int, length: int = 32, seed: int = 0) -> list[Head]:
     """What every head of a decoder does on `length` random tokens that come twice.
 
     Random tokens have no grammar or meaning to attend to, so what is left is the head's habit; and the repeat
@@ -146,11 +154,11 @@ def heads(model: nn.Module, *, vocab_size: int, length: int = 32, seed: int = 0)
     once = torch.randint(0, vocab_size, (length,), generator=generator)
     tokens = torch.cat((once, once)).to(next(model.parameters()).device)
     scores = on_pattern(attention_maps(model, tokens[None]), tokens)
-    layers, n_heads = scores["first"].shape
+    blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mixer, Attention)]
     return [
-        Head(layer, head, {name: float(scores[name][layer, head]) for name in PATTERNS})
-        for layer in range(layers)
-        for head in range(n_heads)
+        Head(layer, head, {name: float(scores[name][row, head]) for name in PATTERNS})
+        for row, layer in enumerate(blocks)
+        for head in range(scores["first"].shape[1])
     ]
 
 

@@ -6,7 +6,8 @@ oneDNN, which PyTorch carries as well; and in bfloat16 oneDNN doubles its own sp
 was rearranged for it once (*packed*) instead of at every call. Packing keeps a second copy of a weight.
 
 The two oneDNN operations are PyTorch's own but not public; they are used in this file only. Where
-they are missing, or a gradient is wanted, or the tensors are on a GPU, this is `F.linear`.
+they are missing, or a gradient is wanted, or the tensors are on a GPU, this is `F.linear`; and under
+torch.compile, which chooses a product by itself.
 """
 
 from __future__ import annotations
@@ -42,13 +43,18 @@ class Linear(nn.Linear):
     packed = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed and self.weight.dtype == torch.bfloat16 and _usable(x, self.weight):
+        if self.packed and self.weight.dtype == torch.bfloat16 and _usable(x, self.weight) and _counts(self):
             return linear(x, _packed(self), self.bias)
         return linear(x, self.weight, self.bias)
 
 
 # Beside the modules and not in them: a packed weight is opaque and can be neither copied nor saved.
 _PACKED: WeakKeyDictionary[Linear, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
+
+
+def _counts(module: Linear) -> bool:
+    """Whether changes of the weight are counted. Of one made in inference mode they are not: no packing."""
+    return not module.weight.is_inference()
 
 
 def _packed(module: Linear) -> Tensor:
@@ -61,5 +67,7 @@ def _packed(module: Linear) -> Tensor:
 
 
 def _usable(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return weight.device.type == "cpu" and not wants_grad and x.dtype == weight.dtype and onednn(x.dtype)

@@ -51,7 +51,7 @@ def load(
 def assemble(config: ModelConfig, state: dict[str, torch.Tensor]) -> Transformer:
     """A model of these sizes around these weights, which are neither copied nor moved.
 
-    Raises ModelError that names the first weight that is missing or has another shape.
+    Raises ModelError that names the first weight that is missing, has another shape, or has no place.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -79,8 +79,9 @@ def random_model(
 
 
 def check_shapes(config: ModelConfig, model: Transformer, state: dict[str, torch.Tensor]) -> None:
-    """Name the first weight that is missing or has another shape than the sizes say."""
-    for name, want in model.state_dict().items():
+    """Name the first weight that is missing, has another shape than the sizes say, or has no place there."""
+    wanted = model.state_dict()
+    for name, want in wanted.items():
         got = state.get(name)
         if got is None or got.shape != want.shape:
             found = "missing" if got is None else f"of shape {list(got.shape)}"
@@ -89,6 +90,18 @@ def check_shapes(config: ModelConfig, model: Transformer, state: dict[str, torch
                 "The configuration and the weights do not belong together, or a file is incomplete.",
                 "downloading the checkpoint again.",
             )
+        if not got.is_floating_point() or got.itemsize < 2:
+            raise ModelError(
+                f"the weight {name} is stored as {str(got.dtype).removeprefix('torch.')}.",
+                "Such numbers stand for others by scales, which are not applied here.",
+                "a checkpoint in bfloat16, float16 or float32.",
+            )
+    if left := sorted(state.keys() - wanted.keys()):
+        raise ModelError(
+            f"the weight {left[0]} has no place in a model of the sizes of {config.name}.",
+            "Left out, the model would compute something else than the one it was trained in.",
+            "the configuration that belongs to the weights.",
+        )
 
 
 def resolve_device(device: str) -> torch.device:

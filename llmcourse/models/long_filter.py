@@ -171,7 +171,7 @@ class ModalFilter(nn.Module):
         if state is None:
             return fft_conv(u, self(length))
         residues, wide = self.residues(), u.to(accumulator(u.dtype))
-        poles, before = self.poles(), torch.view_as_complex(state.modes)
+        poles, before = self.poles(), torch.complex(*state.modes.unbind(-1))
         if length == 1:
             after = poles.exp() * before + wide
             y = (residues * after).sum(-1, keepdim=True).real

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmcourse.errors import ShapeError
 from llmcourse.models.cache import KVCache
+from llmcourse.models.sizes import at_least
 from llmcourse.models.transformer import Transformer
 
 
@@ -23,7 +24,7 @@ def perplexity(model: Transformer, tokens: Tensor, *, piece: int = 0) -> float:
     piece   tokens that are read at once, through a cache: the model is measured as it serves, and in
             bounded memory; 0: the whole text in one pass, without a cache
 
-    Raises   ShapeError for fewer than two tokens: the first has nothing before it.
+    Raises   ShapeError for fewer than two tokens (the first has nothing before it) or a negative piece.
     """
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ShapeError(
@@ -31,6 +32,7 @@ def perplexity(model: Transformer, tokens: Tensor, *, piece: int = 0) -> float:
             "A token is predicted from those before it, so a text has two tokens or more.",
             "torch.tensor([ids]) with a longer text.",
         )
+    at_least(0, piece=piece)
     batch, length = tokens.shape
     cache = KVCache(model.config, batch, length, dtype=model.dtype, device=model.device) if piece else None
     loss = 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from llmcourse.errors import ModelError
 from llmcourse.models.loading import assemble
 from llmcourse.models.transformer import Transformer
 
@@ -19,7 +20,7 @@ def reconfigured(model: Transformer, **changes: Any) -> Transformer:
 
         reconfigured(model, rope_scaling=RopeScaling("linear", factor=4.0))
 
-    Raises ModelError when the change asks for weights that the model does not have.
+    Raises ModelError when the change asks for weights that the model does not have, or leaves some out.
     """
     other = assemble(replace(model.config, **changes), model.state_dict())
     other.rope.to(model.device, model.dtype)
@@ -29,7 +30,13 @@ def reconfigured(model: Transformer, **changes: Any) -> Transformer:
 def with_window(model: Transformer, window: int, sinks: int = 0) -> Transformer:
     """`model` with sliding-window attention in place of full attention, sharing its weights.
 
-    Raises ShapeError for a window below 1.
+    Raises ShapeError for a window below 1, and ModelError for a model without such attention.
     """
+    if not {"attention", "window"} & set(model.config.kinds):
+        raise ModelError(
+            f"the layers of {model.config.name} are {', '.join(sorted(set(model.config.kinds)))}.",
+            "A window narrows attention to keys that are kept one by one.",
+            "a model with 'attention' layers.",
+        )
     kinds = tuple("window" if kind == "attention" else kind for kind in model.config.kinds)
     return reconfigured(model, layers=kinds, window=window, sinks=sinks)

@@ -95,16 +95,21 @@ class Rope(nn.Module):
         self.config = config
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
-        self.grow(length)
+        self.worked_out_as = self.cos.dtype
+        if config.position == "rope":
+            self.grow(length)
 
     def grow(self, length: int) -> None:
         """Make the tables at least `length` positions long, on the device and in the type they have.
 
-        They at least double, so that a sequence that grows a token at a time rarely rebuilds them.
+        They at least double, so that a sequence that grows a token at a time rarely rebuilds them. After the
+        model changed its type they are worked out anew: numbers rounded to bfloat16 stay so in float32.
         """
-        if len(self.cos) >= length:
+        have = len(self.cos)
+        if have >= length and self.cos.dtype == self.worked_out_as:
             return
-        length = max(length, 2 * len(self.cos))
+        length = have if have >= length else max(length, 2 * have)
+        self.worked_out_as = self.cos.dtype
         scaling = self.config.rope_scaling
         freq = frequencies(self.config.rope_dim, self.config.rope_theta, scaling)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), freq)

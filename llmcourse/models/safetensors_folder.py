@@ -51,9 +51,10 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             "converting them with transformers' save_pretrained, which writes safetensors.",
         )
     try:
-        config = ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = ModelConfig.from_hf(fields if isinstance(fields, dict) else {})
         tensors = {name: t for file in files for name, t in load_file(file).items()}
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ModelError(
             f"{folder} cannot be read ({error}).",
             "A file of the checkpoint is truncated or is not what its name says.",

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
+
+from llmcourse.errors import ShapeError
+
+
+def at_least(least: int, **sizes: int) -> None:
+    """Raise ShapeError for the first of these sizes that is smaller."""
+    for name, size in sizes.items():
+        if size < least:
+            raise ShapeError(
+                f"{name} = {size}.",
+                "Layers are built from these sizes, and a size counts something.",
+                f"{name} = {least} or more.",
+            )
+
+
+def one_of(choices: Collection[str], **names: str) -> None:
+    """Raise ShapeError for the first of these names that is no choice: silently it would be another model."""
+    for field, name in names.items():
+        if name not in choices:
+            raise ShapeError(
+                f"{field} = {name!r} is not known.",
+                "A model built all the same would be another one than was meant.",
+                f"{field} = one of {', '.join(choices)}.",
+            )
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,15 @@ class RopeScaling:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
 
+    def __post_init__(self) -> None:
+        one_of(("default", "linear", "ntk", "llama3", "yarn"), kind=self.kind)
+        if not self.factor > 0:
+            raise ShapeError(
+                f"positions stretched by a factor of {self.factor}.",
+                "Frequencies are divided by it.",
+                "factor = 1.0 for no change, 4.0 for a context four times as long.",
+            )
+
 
 @dataclass(frozen=True)
 class LatentSizes:
@@ -49,6 +83,10 @@ class LatentSizes:
     nope_dim: int
     rope_dim: int
     v_dim: int
+
+    def __post_init__(self) -> None:
+        at_least(0, q_rank=self.q_rank, nope_dim=self.nope_dim, rope_dim=self.rope_dim)
+        at_least(1, kv_rank=self.kv_rank, v_dim=self.v_dim, qk_dim=self.qk_dim)
 
     @property
     def qk_dim(self) -> int:
@@ -71,6 +109,10 @@ class SSMSizes:
     expand: int = 2
     dt_rank: int = 0
 
+    def __post_init__(self) -> None:
+        at_least(1, d_state=self.d_state, d_conv=self.d_conv, expand=self.expand)
+        at_least(0, dt_rank=self.dt_rank)
+
 
 @dataclass(frozen=True)
 class HyenaSizes:
@@ -86,3 +128,7 @@ class HyenaSizes:
     d_conv: int = 3
     d_filter: int = 32
     d_state: int = 8
+
+    def __post_init__(self) -> None:
+        one_of(("implicit", "modal"), kind=self.kind)
+        at_least(1, d_conv=self.d_conv, d_filter=self.d_filter, d_state=self.d_state)

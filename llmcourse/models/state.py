@@ -44,7 +44,7 @@ class State:
         """The memory of sequence `index` alone, the same memory."""
         view = copy.copy(self)
         for name, tensor in self.tensors.items():
-            setattr(view, name, tensor[index : index + 1])
+            setattr(view, name, tensor[index].unsqueeze(0))
         return view
 
     def reset(self) -> None:

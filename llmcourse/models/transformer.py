@@ -68,13 +68,16 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
         """Logits [B, S, V] for tokens [B, S]; with `last_only` for the last position alone, [B, 1, V].
 
-        Raises ShapeError when tokens are not [B, S], the batch differs from the cache's, the cache
-        is full, or sequences of unequal length are given more than one token at once.
+        With a cache no gradient is recorded: what it holds is overwritten before a backward pass reads it.
+
+        Raises ShapeError when tokens are not ids [B, S] of the vocabulary, the cache is another model's, of
+        another batch or full, or sequences of unequal length are given more than one token at once.
         """
         step = self.plan(tokens, cache)
         if cache is not None and step.start == 0:
             cache.reset()
-        logits = self.run(tokens, step, cache, last_only=last_only)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            logits = self.run(tokens, step, cache, last_only=last_only)
         if cache is not None:
             cache.lengths = [n + tokens.shape[1] for n in cache.lengths]
         return logits
@@ -88,12 +91,7 @@ class Transformer(nn.Module):
 
     def plan(self, tokens: Tensor, cache: KVCache | None) -> Step:
         """Positions, mask and rotary tables of one pass over tokens [B, S]."""
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ShapeError(
-                f"tokens have shape {list(tokens.shape)}.",
-                "The model reads a batch of sequences, [B, S], of at least one token.",
-                "torch.tensor([ids]) for one sequence of ids.",
-            )
+        self._require_ids(tokens)
         batch, length = tokens.shape
         lengths = [0] * batch if cache is None else cache.lengths
         if len(lengths) != batch:
@@ -103,6 +101,7 @@ class Transformer(nn.Module):
                 f"KVCache(config, batch={batch}, …).",
             )
         if cache is not None:
+            cache.belongs_to(self.config, self.dtype)
             cache.require(length)
         if len(set(lengths)) > 1:
             if length > 1:
@@ -134,6 +133,23 @@ class Transformer(nn.Module):
             self.rope.grow(span)
             cos, sin = self.rope(position_ids)
         return Step(position_ids, start, span, mask, causal, cos, sin)
+
+    def _require_ids(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(
+                f"tokens have shape {list(tokens.shape)} and are {str(tokens.dtype).removeprefix('torch.')}.",
+                "The model reads a batch of sequences of ids, [B, S], of at least one token.",
+                "torch.tensor([ids]) for one sequence of ids.",
+            )
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # looking would make the CPU wait for a GPU, or break a graph
+        low, high = (int(end) for end in tokens.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ShapeError(
+                f"the id {low if low < 0 else high} is not one of {self.config.vocab_size} tokens.",
+                "Each id names a row of the embedding.",
+                f"ids from 0 to {self.config.vocab_size - 1}; another model's tokenizer gives others.",
+            )
 
     def _require_positions(self, span: int) -> None:
         if self.config.position == "learned" and span > self.config.max_len:

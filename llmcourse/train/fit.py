@@ -10,7 +10,8 @@ then falls along a cosine to a tenth. Gradients are clipped by their norm over a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcourse.errors import ShapeError
+from llmcourse.errors import GraphError, ShapeError
 from llmcourse.train.tasks import IGNORE, Batch
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,12 +49,18 @@ def fit(
     weight_decay  for matrices only: norms and biases have no reason to be near zero
     clip          the largest norm that the gradient of all parameters may have
 
-    Raises ShapeError when `steps` is below 1 or the batches run out.
+    Raises ShapeError when `steps` is below 1 or the batches run out, GraphError when no weight may change.
     """
     if steps < 1:
         raise ShapeError(f"{steps} steps.", "Training takes at least one.", "steps = 100.")
     warmup = max(1, steps // 10) if warmup is None else max(1, warmup)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise GraphError(
+            f"no weight of this {type(model).__name__} wants a gradient.",
+            "A model that was loaded to be run is frozen, so that no graph is recorded.",
+            "model.requires_grad_(True).",
+        )
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -65,16 +72,18 @@ def fit(
     curve: list[float] = []
     was_training = model.training
     model.train()
-    for step, batch in enumerate(islice(batches, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * scale_at(step, steps, warmup)
-        value = loss(model, batch)
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        curve.append(value.item())
-    model.train(was_training)
+    try:
+        for step, batch in enumerate(islice(batches, steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale_at(step, steps, warmup)
+            value = loss(model, batch)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            curve.append(value.item())
+    finally:  # also when a reader interrupts
+        model.train(was_training)
     if len(curve) < steps:
         raise ShapeError(
             f"the batches ran out after {len(curve)} of {steps} steps.",
@@ -82,6 +91,21 @@ def fit(
             f"steps = {len(curve)}, or an iterable that does not end.",
         )
     return curve
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch's CPU work on one thread inside the `with`, or, as a decorator, inside the function.
+
+    Models of a few thousand parameters are too small to share between cores: threads would wait for each
+    other for longer than they work, many times longer on a busy machine. And sums keep their order.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def scale_at(step: int, steps: int, warmup: int) -> float:

@@ -19,7 +19,7 @@ import torch
 
 from llmcourse.errors import ShapeError
 from llmcourse.models import HyenaSizes, ModelConfig, SSMSizes, Transformer
-from llmcourse.train.fit import accuracy, fit
+from llmcourse.train.fit import accuracy, fit, one_thread
 from llmcourse.train.tasks import IGNORE, Batch
 
 
@@ -128,6 +128,7 @@ def recall_model(
     return model
 
 
+@one_thread()
 def train_recall(
     layers: tuple[str, ...],
     task: Recall,

@@ -21,7 +21,7 @@ from llmcourse.errors import ShapeError
 from llmcourse.models import ModelConfig, Transformer
 from llmcourse.models.convert_gqa import Pooling, to_gqa
 from llmcourse.models.sizes import LatentSizes
-from llmcourse.train.fit import accuracy, cross_entropy, fit
+from llmcourse.train.fit import accuracy, cross_entropy, fit, one_thread
 from llmcourse.train.tasks import IGNORE, Batch
 
 RECORDS = 8
@@ -152,6 +152,7 @@ def draw(model: Transformer, *, seed: int) -> Transformer:
     return model
 
 
+@one_thread()
 def train(config: ModelConfig, *, seed: int, steps: int = 100, device: str = "cpu") -> Trained:
     """Train a variant on telephone books: weights and batches by `seed`, the test always the same."""
     model = draw(Transformer(config), seed=seed).to(device)
@@ -172,6 +173,7 @@ class Converted:
     uptrained: float
 
 
+@one_thread()
 def convert(trained: Trained, n_kv_heads: int, how: Pooling, *, steps: int = 20) -> Converted:
     """Join the heads of a trained multi-head variant and train the result `steps` more, more gently."""
     device = trained.model.device

@@ -54,6 +54,6 @@ def draw(figure: Figure, head_dim: int, counted: Mapping[tuple[int, int], int]) 
         ax.loglog(LENGTHS, [n / 2**20 for n in values], style, color=colour, label=name)
     lengths = [length for length, _ in counted]
     ax.plot(lengths, [n / 2**20 for n in counted.values()], "o", color="black", markersize=4, label="counted")
-    ax.set(xlabel="S", ylabel="MiB asked for by one head")
+    ax.set(xlabel="S, tokens", ylabel="MiB asked for by one head")
     ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,20 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def choice(options: Sequence[Any], value: Any, description: str, **look: Any) -> W.SelectionSlider:
+    """A slider over a few options (values, or pairs of a label and a value).
+
+    Not a drop-down list: JupyterLab takes the keys of a focused list for its own commands, so that an arrow
+    moves on to the next cell and a letter may insert or cut one. A slider's handle sees its keys first.
+    """
+    return W.SelectionSlider(options=list(options), value=value, description=description, **look)
+
+
 class Explorable:
     """Controls above a picture: `draw(**values)` returns a matplotlib figure for the controls' values.
 
-    controls   ipywidgets by the name of draw's argument; each must have `.value`. Sliders take the
-               arrow keys once focused (Tab), page up/down move by ten steps.
+    controls   ipywidgets by the name of draw's argument; each must have `.value`. Sliders (and `choice`) take
+               the arrow keys, page up/down, Home and End once focused (Tab).
     caption    one sentence: what to move and what to look for; it is also the picture's alternative text.
     """
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as W
 
-from llmcourse.widgets.explorable import Explorable
+from llmcourse.widgets.explorable import Explorable, choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,11 +88,14 @@ def flash_tiles(
 ) -> Explorable:
     """An explorable of the walk over `length` queries and keys of one head in 16 bits."""
 
+    def walk_of(mask: str, block_m: int, block_n: int, window: int) -> list[Block]:
+        window = window if mask == MASKS[2] else 0
+        return walk(length, length, block_m, block_n, causal=mask != MASKS[0], window=window)
+
     def picture(step: int, mask: str, block_m: int, block_n: int, window: int) -> Figure:
         from matplotlib.figure import Figure
 
-        of_mask = {"causal": mask != MASKS[0], "window": window if mask == MASKS[2] else 0}
-        steps = walk(length, length, block_m, block_n, **of_mask)  # type: ignore[arg-type]
+        steps = walk_of(mask, block_m, block_n, window)
         done = steps[: min(step, len(steps))]
         figure = Figure(figsize=(8.8, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 0.9))
@@ -105,16 +108,24 @@ def flash_tiles(
         return figure
 
     sizes = (16, 32, 64, 128, 256)
-    wide = {"style": {"description_width": "90px"}}
-    return Explorable(
-        picture,
-        CAPTION,
-        step=W.IntSlider(value=step, min=0, max=256, description="steps", **wide),
-        mask=W.Dropdown(options=MASKS, value=mask, description="mask", **wide),
-        block_m=W.SelectionSlider(options=sizes, value=block_m, description="queries", **wide),
-        block_n=W.SelectionSlider(options=sizes, value=block_n, description="keys", **wide),
-        window=W.IntSlider(value=window, min=16, max=length, step=16, description="window", **wide),
-    )
+    wide = {"layout": W.Layout(width="460px"), "style": {"description_width": "110px"}}
+    others = {
+        "mask": choice(MASKS, mask, "mask", **wide),
+        "block_m": choice(sizes, block_m, "queries a tile", **wide),
+        "block_n": choice(sizes, block_n, "keys a block", **wide),
+        "window": W.IntSlider(value=window, min=16, max=length, step=16, description="window", **wide),
+    }
+    walked = W.IntSlider(value=step, min=0, max=max(step, 1), description="steps", **wide)
+
+    def follow(change: object = None) -> None:
+        """No control without effect: the walk's slider ends where the walk does."""
+        walked.max = len(walk_of(**{name: control.value for name, control in others.items()}))
+        others["window"].disabled = others["mask"].value != MASKS[2]
+
+    follow()
+    for control in others.values():
+        control.observe(follow, "value")  # before the picture's own observer
+    return Explorable(picture, CAPTION, step=walked, **others)
 
 
 def _squares(ax: Axes, steps: list[Block], done: list[Block], length: int) -> None:
@@ -147,6 +158,6 @@ def _bars(ax: Axes, steps: list[Block], done: list[Block], length: int, block_m:
     asked = f"asked of memory by one head, D = {HEAD_DIM}, 16 bits"
     ax.set_title(f"{asked}\non chip at a time: about {held / 1024:,.0f} KiB", fontsize=9, loc="left")
     ax.invert_yaxis()
-    ax.set_xlim(0, max(values) / 1024 * 1.3)
+    ax.set(xlim=(0, max(values) / 1024 * 1.3), xlabel="KiB")
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)

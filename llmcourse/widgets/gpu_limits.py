@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from llmcourse.hardware import CAPABILITIES, GPUS, Capability, Occupancy, Roofline, gpu, occupancy, roofline
-from llmcourse.widgets.explorable import Explorable
+from llmcourse.widgets.explorable import Explorable, choice
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
 TINTS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7")
@@ -67,12 +67,8 @@ def roofline_explorer(
         draw,
         "Pick another GPU or number format: the ridge moves, and with it which kernels the memory limits "
         "(orange) and which the arithmetic (green). The speeds are upper bounds.",
-        name=W.Dropdown(
-            options=list(GPUS), value=gpu(name).name, description="GPU", layout=LAYOUT, style=STYLE
-        ),
-        dtype=W.Dropdown(
-            options=formats, value=dtype, description="number format", layout=LAYOUT, style=STYLE
-        ),
+        name=choice(list(GPUS), gpu(name).name, "GPU", layout=LAYOUT, style=STYLE),
+        dtype=choice(formats, dtype, "number format", layout=LAYOUT, style=STYLE),
     )
 
 
@@ -147,13 +143,7 @@ def occupancy_explorer(
     return Explorable(
         draw,
         "Raise registers or shared memory until another resource turns orange: occupancy falls in steps.",
-        capability=W.Dropdown(
-            options=list(CAPABILITIES),
-            value=capability,
-            description="compute capability",
-            layout=LAYOUT,
-            style=STYLE,
-        ),
+        capability=choice(list(CAPABILITIES), capability, "compute capability", layout=LAYOUT, style=STYLE),
         threads=W.IntSlider(threads, 32, 1024, 32, description="threads a block", layout=LAYOUT, style=STYLE),
         registers=W.IntSlider(
             registers, 16, 255, 1, description="registers a thread", layout=LAYOUT, style=STYLE

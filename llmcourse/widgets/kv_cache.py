@@ -16,20 +16,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llmcourse.errors import CourseError, ShapeError, UnknownNameError
 from llmcourse.hardware import GPUS, Gpu, gpu
 from llmcourse.models.mixers import MIXERS
 from llmcourse.models.published import MODELS, Published, published
-from llmcourse.widgets.explorable import Explorable
+from llmcourse.widgets.explorable import Explorable, choice
 
 FORMATS: Mapping[str, float] = {"bf16": 2, "fp8": 1, "int4": 0.5 + 2 / 32}
 """Bytes a number; int4 with a 16-bit scale for every 32 numbers."""
 USED = 0.9
 """Share of the memory for weights and cache; activations, the runtime and fragments take the rest."""
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
-LAYOUT, STYLE = W.Layout(width="460px"), {"description_width": "150px"}
+LOOK = {"layout": W.Layout(width="520px"), "style": {"description_width": "150px"}}
 
 
 class MemoryPlanError(CourseError, ValueError):
@@ -253,7 +253,7 @@ def kv_cache_explorer(
         _draw_speed(figure.add_subplot(grid[1, 1]), found)
         figure.suptitle(
             f"{model} on {_these(found.gpu, gpus)}: {found.a_token:,.0f} bytes of cache a token, "
-            f"{found.batch:,} sequences of {context:,} tokens, at best {found.tokens_per_s:,.0f} tokens/s",
+            f"{_sequences(found.batch)} of {context:,} tokens, at best {found.tokens_per_s:,.0f} tokens/s",
             fontsize=10,
         )
         return figure
@@ -263,30 +263,25 @@ def kv_cache_explorer(
         draw,
         "Lengthen the context or pick another model: the batch that fits falls as the cache of a sequence "
         "grows, and with it the tokens that a step's reading of the weights is shared by.",
-        model=_dropdown(list(MODELS), published(model).name, "model"),
-        on=_dropdown(list(GPUS), gpu(on).name, "GPU"),
-        gpus=_dropdown([1, 2, 4, 8, 16], gpus, "GPUs"),
-        context=W.SelectionSlider(
-            options=[(f"{n:,}", n) for n in lengths],
-            value=context,
-            description="context, tokens",
-            layout=LAYOUT,
-            style=STYLE,
-        ),
-        cache=_dropdown(list(FORMATS), cache, "cache format"),
-        weights=_dropdown(list(FORMATS), weights, "weight format"),
+        model=choice(list(MODELS), published(model).name, "model", **LOOK),
+        on=choice(list(GPUS), gpu(on).name, "GPU", **LOOK),
+        gpus=choice([1, 2, 4, 8, 16, 32], gpus, "GPUs", **LOOK),
+        context=choice([(f"{n:,}", n) for n in lengths], context, "context, tokens", **LOOK),
+        cache=choice(list(FORMATS), cache, "cache format", **LOOK),
+        weights=choice(list(FORMATS), weights, "weight format", **LOOK),
     )
 
 
-def _dropdown(options: list[str] | list[int], value: str | int, description: str) -> W.Dropdown:
-    return W.Dropdown(options=options, value=value, description=description, layout=LAYOUT, style=STYLE)
+def _sequences(n: int) -> str:
+    return f"{n:,} sequence{'' if n == 1 else 's'}"
 
 
 def _draw_error(axes: Axes, error: CourseError) -> None:
     axes.axis("off")
-    lines = [(error.what, ORANGE), (error.why, "#333333"), (f"Try {error.fix}", "#333333")]
-    for line, (text, colour) in enumerate(lines):
-        axes.text(0.02, 0.8 - 0.25 * line, fill(text, 95), fontsize=11, color=colour, va="top")
+    axes.set_title("This does not fit:", color=ORANGE, loc="left", fontsize=13)
+    parts = (error.what, error.why, f"Try {error.fix}")
+    text = "\n\n".join(fill(part, 88) for part in parts)
+    axes.text(0, 0.95, text, fontsize=11, va="top", linespacing=1.4, transform=axes.transAxes)
 
 
 def _draw_memory(axes: Axes, found: Plan) -> None:
@@ -362,6 +357,9 @@ def _draw_speed(axes: Axes, found: Plan) -> None:
     for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
         scale("log")
         _plain_numbers(axis)
+    if found.batch == 1:  # one point has no range of its own
+        axes.set_xticks([1], ["1"])
+        axes.set(xlim=(0.5, 2), ylim=(found.tokens_per_s / 2, found.tokens_per_s * 2))
     weights, cache = size_of(found.step_weights), size_of(found.cache)
     text = f"a step reads\n{weights} of weights\n{cache} of cache\n{found.seconds * 1e3:,.3g} ms at least"
     axes.text(0.97, 0.05, text, transform=axes.transAxes, fontsize=8, ha="right", color="#333333")
@@ -369,12 +367,13 @@ def _draw_speed(axes: Axes, found: Plan) -> None:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """Ticks as plain numbers, three a decade where there is room for them."""
+    """Ticks as plain numbers, as many a decade as there is room for."""
     low, high = axis.get_view_interval()
-    subs = (1, 2, 5) if high / low < 300 else (1,)
+    steps = {8.0: (1, 2, 3, 4, 5, 6, 8), 300.0: (1, 2, 5)}
+    subs = next((subs for ratio, subs in steps.items() if high / low < ratio), (1,))
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.3g}" if x < 100 else f"{x:,.0f}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _tidy(axes: Axes) -> None:

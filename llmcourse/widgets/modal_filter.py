@@ -55,7 +55,7 @@ def pole_explorer(*, radius: float = 0.96, turns: float = 0.05) -> Explorable:
         taps.plot(t, -(radius**t), color=GREY, linestyle="--")
         taps.vlines(t, 0, impulse(radius, turns), color=BLUE)
         taps.plot(t, impulse(radius, turns), ".", color=BLUE, label="h_t = Re λᵗ")
-        taps.set(xlabel="t, tokens ago", ylim=(-1.1, 1.1))
+        taps.set(xlabel="t, tokens ago", ylabel="weight", ylim=(-1.1, 1.1))
         taps.set_title(
             f"|λ| = {radius:.3f}: half as much every {half_life(radius):.1f} tokens"
             + (f", a turn every {1 / turns:.1f}" if turns else ", no swing"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import ipywidgets as W
 
 from llmcourse.models import HyenaSizes, ModelConfig
-from llmcourse.widgets.explorable import Explorable
+from llmcourse.widgets.explorable import Explorable, choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,18 +85,20 @@ def state_explorer(config: ModelConfig, *, tokens: int = 4096, every: int = 8) -
         bars.bar_label(drawn, [human(here[n]) for n in names], fontsize=8, padding=3)
         bars.set_xscale("log")
         bars.set_xlim(min(here.values()) / 3, max(here.values()) * 12)
+        bars.set_xlabel("bytes of state")
         bars.set_title(f"{batch} × {tokens:,} tokens, bf16", fontsize=10)
         for axes in (lines, bars):
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
         return figure
 
+    # Between divisors of the layers, most steps would change nothing.
+    shares = sorted({n for n in range(1, config.n_layers + 1) if config.n_layers % n == 0} | {every})
     wide = {"layout": W.Layout(width="460px"), "style": {"description_width": "150px"}}
-    options = [(f"{n:,}", n) for n in LENGTHS]
     return Explorable(
         picture,
         CAPTION,
-        tokens=W.SelectionSlider(options=options, value=tokens, description="tokens", **wide),
-        every=W.IntSlider(value=every, min=1, max=config.n_layers, description="one attention in", **wide),
-        batch=W.SelectionSlider(options=[1, 4, 16, 64, 256], value=1, description="sequences", **wide),
+        tokens=choice([(f"{n:,}", n) for n in LENGTHS], tokens, "tokens", **wide),
+        every=choice(shares, every, "one attention in", **wide),
+        batch=choice([1, 4, 16, 64, 256], 1, "sequences", **wide),
     )

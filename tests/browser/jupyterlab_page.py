@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from llmcourse.errors import MissingPackageError, NotebookError
 
@@ -95,6 +95,17 @@ def assert_no_error(page: Page) -> None:
             if output["output_type"] == "error":
                 trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(output["traceback"]))
                 pytest.fail(f"cell {cell['id']} raised {output['ename']}: {output['evalue']}\n{trace}")
+
+
+def tab_to(page: Page, control: Locator) -> None:
+    """Reach a control as a reader without a mouse does: from the cell's code, by Tab."""
+    cell = control.locator("xpath=ancestor::div[contains(concat(@class, ' '), 'jp-CodeCell ')]")
+    cell.locator(".jp-InputPrompt").click()
+    for _ in range(40):
+        if control.evaluate("control => control === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail("forty presses of Tab from the cell do not reach its control")
 
 
 def is_local(url: str) -> bool:

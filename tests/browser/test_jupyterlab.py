@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from jupyterlab_page import SCREENSHOTS, find_chromium, open_notebook, open_page, run_all
+from jupyterlab_page import SCREENSHOTS, find_chromium, open_notebook, open_page, run_all, tab_to
 from playwright.sync_api import Locator, Page
 
 from llmcourse.errors import MissingPackageError
@@ -83,17 +83,6 @@ def move_a_slider(page: Page, name: str) -> None:
             f"the key changed nothing: readout {before[0]} → {readout.inner_text()}"
         )
         page.wait_for_timeout(100)
-
-
-def tab_to(page: Page, handle: Locator) -> None:
-    """Reach the slider as a reader without a mouse does: from the cell's code, by Tab."""
-    cell = page.locator(".jp-CodeCell").filter(has=handle).last
-    cell.locator(".jp-InputPrompt").click()
-    for _ in range(40):
-        if handle.evaluate("handle => handle === document.activeElement"):
-            return
-        page.keyboard.press("Tab")
-    pytest.fail("forty presses of Tab from the cell do not reach its slider")
 
 
 def picture(image: Locator) -> str:

@@ -39,6 +39,31 @@ def test_a_packed_weight_follows_its_weight():
     assert deepcopy(layer)(x).abs().max() == 0
 
 
+def test_a_weight_made_in_inference_mode_is_never_stale():
+    with torch.inference_mode():
+        layer = Linear(8, 4, bias=False, dtype=torch.bfloat16)
+        x = torch.randn(1, 8, dtype=torch.bfloat16)
+        before = layer(x)
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * before, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_sees_an_ordinary_product(dtype):
+    """The operations that are used here have no lowering for weights that are not constants."""
+    layer = Linear(8, 4, dtype=dtype).requires_grad_(False)
+    x = torch.randn(2, 8, dtype=dtype)
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), atol=1e-2, rtol=1e-2)
+    assert not [name for name in seen if "mkldnn" in name]
+
+
 def test_gradients_flow_as_through_nn_linear():
     layer = Linear(5, 3)
     x = torch.randn(2, 5, requires_grad=True)

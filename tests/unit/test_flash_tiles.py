@@ -71,6 +71,16 @@ def test_every_control_redraws_the_picture():
     assert explorer._repr_mimebundle_()["image/png"]
 
 
+def test_no_control_of_the_walk_is_without_effect():
+    controls = flash_tiles.flash_tiles(length=256, mask="causal", step=8).controls
+    assert controls["step"].max == len(flash_tiles.walk(256, 256, 64, 64))
+    assert controls["window"].disabled
+    controls["mask"].value = "causal, window"
+    assert not controls["window"].disabled
+    controls["block_m"].value = controls["block_n"].value = 256
+    assert (controls["step"].max, controls["step"].value) == (1, 1)
+
+
 def test_the_curves_of_bytes_keep_their_order_and_the_picture_is_drawn():
     curves = list(attention_bytes.curves(64).values())
     for larger, smaller in pairwise(curves):

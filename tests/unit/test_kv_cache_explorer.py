@@ -153,6 +153,14 @@ def test_a_context_beyond_the_models_own_is_marked() -> None:
     assert "made for" not in drawn_text(kv_cache_explorer(LLAMA, H100, context=8192))
 
 
+def test_one_sequence_is_not_many_and_has_a_readable_axis() -> None:
+    explorable = kv_cache_explorer(LLAMA, H100, context=262_144)
+    assert "1 sequence of 262,144 tokens" in drawn_text(explorable)
+    figure = explorable.draw(**{name: control.value for name, control in explorable.controls.items()})
+    figure.draw_without_rendering()
+    assert [tick.get_text() for tick in figure.axes[2].get_xticklabels()] == ["1"]
+
+
 def test_each_control_changes_the_picture() -> None:
     explorable = kv_cache_explorer()
     first = bytes(explorable.image.value)

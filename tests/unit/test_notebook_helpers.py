@@ -29,6 +29,11 @@ def test_a_prediction_is_judged_by_its_ratio_to_the_measurement(predicted, measu
     assert says in judge(predicted, measured, "ms")
 
 
+def test_large_numbers_are_written_out():
+    assert judge(65_000, 131_072, "bytes").startswith("you said 65,000 bytes, measured 131,072 bytes")
+    assert judge(1.5e9, 2_000_000_000).startswith("you said 1,500,000,000, measured 2,000,000,000")
+
+
 def test_shown_source_is_the_source_that_runs():
     namespace: dict = {}
     exec("import math\n" + show_source(judge).text, {"math": None}, namespace)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from llmcourse.models import KVCache, ModelConfig
 from llmcourse.models.long_filter import ModalFilter
+from llmcourse.widgets import layer_costs
 from llmcourse.widgets.modal_filter import half_life, impulse, pole_explorer
 from llmcourse.widgets.sequence_state import human, stacks, state_explorer
 
@@ -57,3 +61,21 @@ def test_moving_a_control_draws_another_picture_and_back_the_same():
         assert bytes(explorable.image.value) != before
         control.value = first
         assert bytes(explorable.image.value) == before
+
+
+def test_each_step_of_the_hybrids_slider_changes_the_hybrid():
+    for layers in (4, 24):
+        config = replace(CONFIG, n_layers=layers)
+        shares = state_explorer(config, every=2).controls["every"].options
+        kept = [stacks(config, every)["hybrid"].cache_bytes(4096, 2) for every in shares]
+        assert kept == sorted(set(kept), reverse=True)
+
+
+def test_costs_are_drawn_in_a_panel_for_each_measure():
+    rows = [{"name": k, "tokens": n, "ms": n, "flops": n * n} for k in layer_costs.COLORS for n in (32, 64)]
+    figure = Figure()
+    layer_costs.draw(figure, {"FLOPs": ("flops", rows), "ms": ("ms", rows)})
+    left, right = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[1024, 4096]] * 5
+    assert [list(line.get_ydata()) for line in right.lines] == [[32, 64]] * 5
+    assert (left.get_ylabel(), right.get_xlabel()) == ("FLOPs", "tokens")
