@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcourse.errors import GraphError
 from llmcourse.kernels.attention_reference import reference
 from llmcourse.kernels.checks import choose
 from llmcourse.kernels.flash_checks import check
@@ -112,12 +113,18 @@ def naive_attention(
     Shapes   q [B, Hq, S, D], k and v [B, Hkv, T, D], Hq a multiple of Hkv. Returns q's shape.
     Stores   B·Hq·S·T numbers of q's format.
     Moves    `naive_bytes`.
-    Raises   as `flash_attention.attention`.
+    Raises   as `flash_attention.attention`, and GraphError when a gradient is wanted of the kernels.
     """
     check(q, k, v, causal=causal, scale=scale, window=0)
     backend = choose("interpret" if interpret else "auto", q)
     if backend == "reference":
         return reference(q, k, v, causal=causal, scale=scale)[0]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise GraphError(
+            "a gradient is wanted of the naive kernels.",
+            "They are for reading and counting, and have no backward pass.",
+            "torch.no_grad(), or flash_attention.attention.",
+        )
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale

@@ -21,9 +21,6 @@ from playwright.sync_api import Browser, Locator, Page
 from llmcourse.widgets.explorable import Explorable
 
 SHOWN = {
-    "occupancy": """
-from llmcourse.widgets.gpu_limits import occupancy_explorer
-shown = occupancy_explorer()""",
     "roofline": """
 from llmcourse.widgets.gpu_limits import roofline_explorer
 shown = roofline_explorer({"saxpy": (2e6, 12e6), "product": (2e9, 1e6)})""",

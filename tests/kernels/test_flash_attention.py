@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmcourse.errors import DeviceError, ShapeError, UnknownNameError
+from llmcourse.errors import DeviceError, GraphError, ShapeError, UnknownNameError
 from llmcourse.kernels import flash_attention as flash
 from llmcourse.kernels import flash_backward, flash_cost, flash_forward
 from llmcourse.kernels import flash_plan as plans
@@ -448,6 +448,13 @@ def test_the_naive_rung_is_right_and_moves_the_matrix_four_times(shape, causal):
     assert c.kernels["softmax_kernel"].bytes == 2 * matrix
     assert c.kernels["scores_kernel"].store_bytes == matrix
     assert [launch.kernel for launch in c] == ["scores_kernel", "softmax_kernel", "values_kernel"]
+
+
+def test_the_naive_rung_says_that_it_has_no_gradient():
+    q, k, v = inputs(1, 1, 1, 8, 8, 16)
+    q.requires_grad_()
+    refused(lambda: naive_attention(q, k, v, interpret=True), GraphError, "backward", "no_grad")
+    assert naive_attention(q, k, v).requires_grad  # the reference has one
 
 
 @pytest.mark.parametrize(("causal", "ratio"), [(False, 6.8), (True, 12.8)])

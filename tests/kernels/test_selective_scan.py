@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
-from llmcourse.errors import ShapeError
+from llmcourse.errors import GraphError, ShapeError
 from llmcourse.kernels.compile_report import compile_report
 from llmcourse.kernels.counters import counting
 from llmcourse.kernels.selective_scan import BLOCK, WARPS, chunk_kernel, moved_bytes, selective_scan
@@ -74,6 +74,38 @@ def test_a_step_size_for_another_number_of_tokens_is_refused():
     x, dt, *rest = inputs(1, 8, 4, 2)
     with pytest.raises(ShapeError, match="dt"):
         selective_scan(x, dt[:, :7], *rest)
+
+
+def test_rates_or_a_start_of_other_sizes_are_refused():
+    x, dt, A, B, C = inputs(2, 8, 4, 3)
+    for other in (A[:3], A[:, :2], A[0]):  # a kernel would read on into other memory
+        with pytest.raises(ShapeError, match="A"):
+            selective_scan(x, dt, other, B, C, backend="interpret")
+    with pytest.raises(ShapeError, match="h has shape"):
+        selective_scan(x, dt, A, B, C, torch.zeros(1, 4, 3), backend="interpret")
+    with pytest.raises(ShapeError, match="chunk 0"):
+        selective_scan(x, dt, A, B, C, chunk=0, backend="interpret")
+
+
+def test_a_gradient_that_the_kernel_cannot_give_is_refused():
+    x, *rest = inputs(1, 8, 4, 2)
+    x.requires_grad_()
+    with pytest.raises(GraphError, match="fused scan"):
+        selective_scan(x, *rest, backend="interpret")
+    with torch.no_grad():
+        selective_scan(x, *rest, backend="interpret")
+    assert selective_scan(x, *rest, backend="reference")[0].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_cpu_a_fused_layer_of_low_precision_is_the_other_scans(dtype):
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=2, d_model=12, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=12, d_ff=0)
+    layer, x = SSM(config).to(dtype), torch.randn(2, 20, 12).to(dtype)
+    with torch.inference_mode():
+        want = layer(x, None, None)
+        layer.scan = "fused"
+        torch.testing.assert_close(layer(x, None, None), want, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("write", [False, True])

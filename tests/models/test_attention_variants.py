@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcourse.errors import ShapeError
-from llmcourse.models import KVCache, LatentSizes, ModelConfig, random_model
+from llmcourse.models import HyenaSizes, KVCache, LatentSizes, ModelConfig, SSMSizes, random_model
+from llmcourse.models.sizes import RopeScaling
 from llmcourse.models.step import window_mask
 
 PLAIN = ModelConfig(
@@ -275,11 +276,37 @@ class TestAgainstTorch:
         ({"layers": ("latent",) * 2}, "without their sizes"),
         ({"layers": ("latent", "attention"), "latent": replace(LATENT, rope_dim=4)}, "4 features, attention"),
         ({"head_dim": 5}, "head_dim = 5 is odd"),
+        ({"norm": "rmsnorm"}, "norm = 'rmsnorm' is not known"),
+        ({"mlp": "silu"}, "swiglu, gelu, relu"),
+        ({"position": "rotary"}, "position = 'rotary'"),
+        ({"n_kv_heads": 0}, "n_kv_heads = 0"),
+        ({"head_dim": 0}, "head_dim = 0"),
+        ({"d_ff": -1}, "d_ff = -1"),
+        ({"sinks": -1}, "sinks = -1"),
+        ({"head_dim": 2, "rope_scaling": RopeScaling("ntk", factor=2.0)}, "one pair"),
     ],
 )
 def test_sizes_that_cannot_be_built_are_refused(sizes, says):
     with pytest.raises(ShapeError, match="Try") as error:
         replace(PLAIN, **sizes)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: RopeScaling("dynamic", factor=2.0), "kind = 'dynamic'"),
+        (lambda: RopeScaling("linear", factor=0.0), "factor of 0.0"),
+        (lambda: LatentSizes(0, 0, 4, 6, 5), "kv_rank = 0"),
+        (lambda: LatentSizes(0, 8, 0, 0, 5), "qk_dim = 0"),
+        (lambda: SSMSizes(d_conv=0), "d_conv = 0"),
+        (lambda: HyenaSizes("moda"), "implicit, modal"),
+        (lambda: HyenaSizes("modal", d_state=0), "d_state = 0"),
+    ],
+)
+def test_sizes_of_single_layers_are_looked_at_when_they_are_given(make, says):
+    with pytest.raises(ShapeError, match="Try") as error:
+        make()
     assert says in str(error.value)
 
 

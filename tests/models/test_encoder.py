@@ -140,6 +140,12 @@ def test_lengths_that_do_not_fit_are_refused(lengths):
         encoder(torch.zeros(2, 7, dtype=torch.long), torch.tensor(lengths))
 
 
+def test_lengths_may_be_a_list():
+    encoder, tokens = Encoder(SMALL), torch.randint(0, 31, (2, 7))
+    with torch.no_grad():
+        assert encoder(tokens, [3, 7]).equal(encoder(tokens, torch.tensor([3, 7])))
+
+
 def test_layers_of_one_direction_are_refused():
     with pytest.raises(ShapeError, match="window"):
         Encoder(replace(SMALL, layers=("attention", "window"), window=4))

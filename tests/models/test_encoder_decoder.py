@@ -155,3 +155,12 @@ def test_the_formula_counts_the_parameters(norm, position, tied, bias):
 def test_a_batch_of_targets_must_match_the_sources():
     with pytest.raises(ShapeError, match="2 sources came with 3 targets"):
         EncoderDecoder(SMALL)(torch.zeros(2, 4, dtype=torch.long), torch.zeros(3, 4, dtype=torch.long))
+
+
+def test_no_room_to_write_is_refused():
+    model = EncoderDecoder(SMALL).eval()
+    source = torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(ShapeError, match="room = 0"):
+        model.generate(source, start=1, end=2, room=0)
+    with pytest.raises(ShapeError, match="room = -1"):
+        model.read(source, room=-1)

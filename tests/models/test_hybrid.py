@@ -104,3 +104,14 @@ def test_memory_of_a_recurrent_stack_does_not_grow_and_of_a_hybrid_only_in_its_a
     attention = ModelConfig(**SIZES, n_layers=1).kv_bytes_per_token(2)
     history = ModelConfig(**SIZES, n_layers=1, layers=("hyena",)).kv_bytes_per_token(2)
     assert striped.kv_bytes_per_token(2) == attention + 2 * history
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_pass_with_a_cache_records_no_gradient(models, name):
+    """Caches are overwritten in place: a graph over them would grow with each token and end in an error."""
+    model = Transformer(STACKS[name])
+    cache = KVCache(model.config, 2, 20)
+    for tokens in (9, 1):
+        assert not model(torch.randint(0, 53, (2, tokens)), cache).requires_grad
+    assert not any(tensor.requires_grad for state in cache.layers for tensor in state.tensors.values())
+    assert model(torch.randint(0, 53, (2, 9))).requires_grad

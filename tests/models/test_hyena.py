@@ -182,3 +182,14 @@ def test_sizes_are_what_the_formulas_say(kind):
             assert state.nbytes == 3 * Hyena.cache_bytes(setup, 1000, dtype.itemsize)
     grows = Hyena.cache_bytes(setup, 2000, 2) > Hyena.cache_bytes(setup, 1000, 2)
     assert grows == (kind == "implicit")
+
+
+def test_torch_compile_takes_a_layer_with_its_modes():
+    torch.manual_seed(2)
+    layer, x = Hyena(config("modal")), torch.randn(2, 9, 12)
+    kept = [HyenaState(config("modal"), 2, 20) for _ in range(2)]
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.no_grad():
+        for part in x.split([4, 5], dim=1):
+            torch.testing.assert_close(compiled(part, FRESH, kept[0]), layer(part, FRESH, kept[1]))
+    torch.testing.assert_close(kept[0].modes, kept[1].modes)

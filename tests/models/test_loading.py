@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from llmcourse import models
 from llmcourse.errors import DeviceError, ModelError
@@ -87,6 +88,40 @@ def test_weights_of_other_sizes_than_the_config_says_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": 132}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"\[132, 48\]") as error:
+        models.load(tmp_path)
+    three_parts(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: {k: t.to(torch.float8_e4m3fn) if "proj" in k else t for k, t in w.items()}, "float8"),
+        (lambda w: {k: t.to(torch.int8) if "proj" in k else t for k, t in w.items()}, "int8"),
+        (
+            lambda w: w | {"model.layers.1.self_attn.o_proj.bias": torch.zeros(48)},
+            "mixer.out.bias has no place",
+        ),
+    ],
+    ids=["float8", "int8", "a bias more"],
+)
+def test_weights_that_would_be_taken_for_others_are_refused(change, says, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from .test_against_transformers import hf_checkpoint, save_tokenizer
+
+    hf_checkpoint("Llama", tmp_path)
+    save_tokenizer(tmp_path)
+    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")
+    with pytest.raises(ModelError) as error:
+        models.load(tmp_path, device="cpu", dtype="float32")
+    assert says in three_parts(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe{", b"{"])
+def test_a_config_that_is_no_table_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError) as error:
         models.load(tmp_path)
     three_parts(error.value)
 

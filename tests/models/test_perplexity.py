@@ -39,3 +39,8 @@ def test_a_model_that_knows_nothing_is_as_unsure_as_its_vocabulary_is_large(mode
 def test_one_token_has_no_perplexity(model):
     with pytest.raises(ShapeError):
         perplexity(model, TOKENS[:, :1])
+
+
+def test_a_negative_piece_is_refused_and_not_read_as_nothing(model):
+    with pytest.raises(ShapeError, match="piece = -3"):
+        perplexity(model, TOKENS, piece=-3)

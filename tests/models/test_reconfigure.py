@@ -51,3 +51,15 @@ def test_a_window_can_be_put_on_by_its_size(model) -> None:
     assert with_window(model, 3, sinks=1).config.kinds == ("window", "window")
     with pytest.raises(ShapeError):
         with_window(model, 0)
+
+
+def test_a_weight_that_would_be_left_out_is_named() -> None:
+    model = Transformer(ModelConfig(37, 24, 2, 4, 2, 6, 40, qk_norm=True)).eval()
+    with pytest.raises(ModelError, match=r"blocks\.0\.mixer\.k_norm\.weight has no place"):
+        reconfigured(model, qk_norm=False)
+
+
+def test_a_window_on_layers_that_have_none_is_refused() -> None:
+    model = Transformer(ModelConfig(37, 24, 2, 4, 2, 6, 40, layers=("ssm", "linear")))
+    with pytest.raises(ModelError, match="linear, ssm"):
+        with_window(model, 4)

@@ -114,3 +114,19 @@ def test_sinusoids_are_the_formula(width):
     for i in range(width):
         angle = torch.arange(40).double() * 10_000.0 ** -((i - i % 2) / width)
         torch.testing.assert_close(table[:, i], angle.cos() if i % 2 else angle.sin(), atol=1e-5, rtol=1e-5)
+
+
+def test_tables_rounded_to_a_short_type_are_worked_out_anew_in_a_longer_one():
+    positions = torch.arange(200)[None]
+    rope, exact = Rope(CONFIG), Rope(CONFIG)
+    rope.to(torch.bfloat16).grow(200)
+    assert rope(positions)[0].dtype == torch.bfloat16
+    rope.to(torch.float32).grow(200)
+    for ours, theirs in zip(rope(positions), exact(positions), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_model_that_turns_nothing_has_no_tables():
+    scaling = RopeScaling("yarn", factor=4.0)
+    config = ModelConfig(**vars(CONFIG) | {"position": "none", "head_dim": 5, "rope_scaling": scaling})
+    assert Rope(config).cos.numel() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,12 +94,44 @@ def test_known_models_take_the_kv_bytes_their_authors_publish():
         (torch.zeros(1, 0, dtype=torch.long), None, "shape [1, 0]"),
         (torch.zeros(2, 3, dtype=torch.long), KVCache(SMALL, 1, 8), "2 sequences came for a cache of 1"),
         (torch.zeros(1, 9, dtype=torch.long), KVCache(SMALL, 1, 8), "9 new ones do not fit 8"),
+        (torch.zeros(0, 3, dtype=torch.long), None, "shape [0, 3]"),
+        (torch.zeros(1, 3), None, "float32"),
+        (torch.full((1, 3), 97), None, "id 97 is not one of 97 tokens"),
+        (torch.full((1, 3), -1), None, "id -1"),
+        (torch.zeros(1, 3, dtype=torch.long), KVCache(SMALL, 1, 8, dtype=torch.bfloat16), "bfloat16"),
+        (
+            torch.zeros(1, 3, dtype=torch.long),
+            KVCache(replace(SMALL, n_layers=1), 1, 8),
+            "a cache for layers",
+        ),
+        (
+            torch.zeros(1, 3, dtype=torch.long),
+            KVCache(replace(SMALL, layers=("window",) * 2, window=2), 1, 8),
+            "'window', 'window'",
+        ),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused_with_the_numbers(model, ids, cache, says):
     with pytest.raises(ShapeError, match="Try") as error:
         model(ids, cache)
     assert says in str(error.value)
+    if cache is not None:  # nothing was half done
+        assert cache.lengths == [0]
+        assert all(not tensor.any() for state in cache.layers for tensor in state.tensors.values())
+
+
+def test_rows_are_counted_from_either_end_and_no_further(model):
+    """`tensor[-1:0]` is empty, and writing one row into none is no error to PyTorch."""
+    cache = KVCache(SMALL, 3, 9)
+    last = cache.row(-1)
+    with torch.no_grad():
+        model(torch.arange(5)[None], last)
+    assert last.layers[0].k.data_ptr() == cache.layers[0].k[2].data_ptr()
+    assert cache.layers[0].k[2].any()
+    assert not cache.layers[0].k[:2].any()
+    for index in (3, -4):
+        with pytest.raises(ShapeError, match=f"row {index} of a cache of 3"):
+            cache.row(index)
 
 
 def test_heads_that_cannot_be_shared_are_refused():

@@ -151,6 +151,25 @@ def test_several_sequences_or_no_attention_are_refused():
     assert not any(m._forward_pre_hooks for m in model.modules())  # nothing stays attached
 
 
+def test_heads_of_a_hybrid_are_named_by_their_block():
+    config = replace(SMALL, layers=("ssm", "attention", "window"), window=8)
+    model = build(Transformer, config, seed=5).eval()
+    table = heads(model, vocab_size=31)
+    assert [h.layer for h in table] == [1] * 4 + [2] * 4
+    tokens = torch.randint(0, 31, (1, 9))
+    with silenced(model, table[:1]):
+        one_muted = model(tokens)
+    assert not torch.allclose(one_muted, model(tokens))
+
+
+def test_stacks_of_unequal_lengths_have_no_common_maps():
+    model = build(EncoderDecoder, SMALL, seed=2).eval()
+    source, target = torch.randint(0, 31, (1, 7)), torch.randint(0, 31, (1, 4))
+    with pytest.raises(ShapeError, match="not equally long"):
+        attention_maps(model, source, target)
+    assert attention_maps(model.encoder, source).shape == (3, 4, 7, 7)
+
+
 @pytest.fixture
 def explorable(tiny):
     return attention_patterns(*tiny, PROMPT)

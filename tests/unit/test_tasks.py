@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmcourse.errors import ShapeError
+from llmcourse.errors import GraphError, ShapeError
 from llmcourse.train import IGNORE, Batch, accuracy, build, fit, tasks
-from llmcourse.train.fit import cross_entropy, scale_at
+from llmcourse.train.fit import cross_entropy, one_thread, scale_at
 from llmcourse.train.tasks import Text
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 40
@@ -252,3 +252,33 @@ def test_a_small_model_learns_a_small_task():
     curve = fit(model, pairs(), steps=150, lr=0.02)
     assert curve[-1] < 0.2 * curve[0]
     assert accuracy(model, next(pairs(7))) == 1.0
+
+
+def test_a_frozen_model_is_refused_and_not_trained():
+    model = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(GraphError, match="no weight of this Linear"):
+        fit(model, [], steps=1)
+
+
+def test_an_interrupted_training_leaves_the_model_as_it_was_used():
+    model = nn.Linear(2, 2).eval()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [0], steps=1, loss=interrupted)
+    assert not model.training
+
+
+def test_one_thread_gives_the_others_back_whatever_happens():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert one_thread()(torch.get_num_threads)() == 1
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), one_thread():
+            _ = 1 / (torch.get_num_threads() - 1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
