@@ -38,7 +38,7 @@ BACK_ENDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """group: forward, backward, gqa, window, varlen; `lengths` of packed sequences only there."""
+    """group: forward, backward, gqa, small, window, varlen; `lengths` of packed sequences only there."""
 
     group: str
     batch: int
@@ -94,6 +94,10 @@ def cases(*, tokens: int = TOKENS, lengths: tuple[int, ...] = LENGTHS) -> Iterat
     for length in lengths[len(lengths) // 2 : -1]:  # 4k and 8k
         for backward in (False, True):
             yield Case("gqa", max(1, tokens // length), heads, kv_heads, length, 128, backward=backward)
+    # One sequence of SmolLM2-135M and of Llama 3 8B: too few tiles for all multiprocessors, or just enough.
+    for sizes in ((1, 9, 3), (1, 32, 8)) if tokens == TOKENS else ((1, 3, 1), (1, 4, 1)):
+        for length in (lengths[0] // 2, lengths[1]):
+            yield Case("small", *sizes, length, 64 if sizes[1] % 3 == 0 else 128)
     for window in (lengths[0], lengths[2]) if len(lengths) > 2 else (lengths[0] // 2,):
         for backward in (False, True):
             yield Case("window", 1, kv_heads * 2, kv_heads * 2, lengths[-1], 128, True, window, backward)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcourse.bench.timing import measure
+from llmcourse.engine.cuda_graph import GraphDecoder
 from llmcourse.models import HyenaSizes, KVCache, ModelConfig, Transformer
 from llmcourse.models.mixers import MIXERS
 from llmcourse.models.step import Step
@@ -82,8 +83,8 @@ def reader(kind: str, tokens: int, *, width: int, dtype: torch.dtype, device: st
         torch.manual_seed(0)
         layer: Any = MIXERS[config.kinds[0]](config).to(device, dtype).requires_grad_(False)
         x = torch.randn(1, tokens, width).to(device, dtype)
-    if kind == FUSED:
-        layer.scan = "fused"
+    if kind in ("ssm", FUSED) and device == "cuda":
+        layer.scan = "fused" if kind == FUSED else "parallel"
     step = whole(tokens, device)
     return lambda: layer(x, step, None)
 
@@ -160,8 +161,10 @@ def time_decode(
 ) -> list[dict[str, Any]]:
     """A row for each kind and context: milliseconds for one sequence's next token, and bytes of state.
 
-    The state is left empty but for its length: what it holds does not change the time.
+    The state is left empty but for its length: what it holds does not change the time. On a GPU the step is a
+    CUDA graph: launched one by one, its kernels would take as long to launch at any context.
     """
+    graph = device == "cuda"
     rows = []
     for context in contexts:
         calls: dict[str, Callable[[], object]] = {}
@@ -170,9 +173,9 @@ def time_decode(
             config = layer_config(kind, width=width, max_len=context + 1, layers=layers)
             model = Transformer(config).to(device, dtype).requires_grad_(False)
             cache = KVCache(config, 1, context + 1, dtype=dtype, device=device)
-            calls[kind] = _next_token(model, cache, context)
+            calls[kind] = (_captured_token if graph else _next_token)(model, cache, context)
             sizes[kind] = cache.nbytes
-        for kind, sample in measure(calls, device=device, warmup=2, graph=False).items():
+        for kind, sample in measure(calls, device=device, warmup=2, graph=graph).items():
             rows.append(
                 {
                     "name": kind,
@@ -182,6 +185,7 @@ def time_decode(
                     "layers": layers,
                     "context": context,
                     "ms": sample.median * 1e3,
+                    "graph": sample.graph,
                     "state_bytes": sizes[kind],
                 }
             )
@@ -196,6 +200,13 @@ def _next_token(model: Transformer, cache: KVCache, context: int) -> Callable[[]
         return model(token, cache)
 
     return call
+
+
+def _captured_token(model: Transformer, cache: KVCache, context: int) -> Callable[[], object]:
+    """The same by a step that `measure` can capture: its position is read from the GPU."""
+    decoder = GraphDecoder(model, cache)
+    decoder.positions.fill_(context)
+    return lambda: decoder.step(context + 1)
 
 
 def recall_rows(
@@ -250,5 +261,6 @@ def run(device: str) -> tuple[list[dict[str, Any]], list[str]]:
         "Attention is PyTorch's scaled_dot_product_attention; the others are made of PyTorch operations, "
         "the SSM's scan in log-depth rounds over chunks of 256 tokens on a GPU, token by token on a CPU. "
         f"{FUSED!r} scans in this course's Triton kernel, which keeps the states in registers.",
+        "Decode: one sequence's next token through the whole stack, on a GPU by a CUDA graph.",
         "A crossover of None: attention was faster at the longest length.",
     ]

@@ -152,6 +152,10 @@ GENERATIONS = {
         "the same, products beside exponentials (FlashAttention-3, flash_hopper.py)",
         overlap=True, programs=1,
     ),
+    "one kernel": Generation(
+        "side by side, and backward in one kernel that adds its parts of dQ in memory (FlashAttention-3, cuDNN)",
+        overlap=True, programs=1, products=5, exponentials=1,
+    ),
 }  # fmt: skip
 """The ladder. Sizes of tiles are typical ones; `dataclasses.replace` makes those of a plan."""
 

@@ -35,7 +35,7 @@ from llmcourse.kernels.flash_backward import backward as launch_backward
 from llmcourse.kernels.flash_checks import check, check_backward, lengths
 from llmcourse.kernels.flash_cost import Sizes, bytes_moved, flops, minimum_bytes
 from llmcourse.kernels.flash_forward import forward as launch_forward
-from llmcourse.kernels.flash_plan import HOPPER, INTERPRETED, Plan, plan_for, unusable
+from llmcourse.kernels.flash_plan import INTERPRETED, Plan, plan_for, unusable
 
 __all__ = ["Plan", "Sizes", "attention", "attention_varlen", "bytes_moved", "flops", "minimum_bytes"]
 
@@ -272,10 +272,10 @@ def chosen_plan(
             "Its multiplication came with the A100 (8.0).",
             "q.half(), k.half(), v.half().",
         )
-    hopper = not reason and bool(HOPPER) and not why_not_hopper(q, k, v, window=window)
+    hopper = not reason and not why_not_hopper(q, k, v, window=window)
     return plan_for(
         q.shape[-1], q.dtype, capability,
-        causal=causal, window=window, descriptors=not reason, hopper=hopper,
+        causal=causal, window=window, descriptors=not reason, hopper=hopper, queries=q.shape[-2],
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmcourse.errors import CourseError
 from llmcourse.kernels.flash_hopper_kernel import hopper_kernel
+from llmcourse.kernels.flash_plan import Tiles
 from llmcourse.kernels.gluon_language import TensorDescriptor, gl, gluon
 from llmcourse.kernels.launch import ceil_div
 
@@ -53,12 +54,12 @@ class Schedule(NamedTuple):
         return 2 * head_dim * (self.groups * ROWS + 2 * self.stages * self.block_n)
 
 
-# Chosen for what they compile to, not measured yet: `python -m llmcourse.bench.flash_sweep` ranks them.
+# The fastest of `python -m llmcourse.bench.flash_sweep` on an H100.
 SCHEDULES = {
-    (64, False): Schedule(3, 128, 3),
-    (64, True): Schedule(3, 128, 3),
-    (128, False): Schedule(),
-    (128, True): Schedule(),
+    (64, False): Schedule(3, 128, 3, ordered=True, overlap=False),
+    (64, True): Schedule(3, 128, 3, ordered=True, overlap=False),
+    (128, False): Schedule(2, 128, 2, ordered=False, overlap=True),
+    (128, True): Schedule(2, 128, 2, ordered=False, overlap=True),
 }
 """By head dimension and whether causal."""
 
@@ -193,7 +194,7 @@ def forward(
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int = 0, tiles: Any = None
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int = 0, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """`forward` as `flash_attention` calls it, with its tiles (`flash_plan.Tiles`); None for the best known.
 
@@ -205,9 +206,13 @@ def flash_forward(
             "Its consumers walk from the last visible key to the first.",
             "the descriptor rung, which skips the blocks before the window.",
         )
-    plan = SCHEDULES.get((q.shape[-1], causal))
-    if tiles is not None and plan is not None:
-        plan = plan._replace(
-            groups=tiles.block_m // ROWS, block_n=tiles.block_n, stages=tiles.stages, band=tiles.heads
-        )
+    plan = None if tiles is None else scheduled(tiles, q.shape[-1], causal)
     return forward(q, k, v, causal=causal, scale=scale, plan=plan)
+
+
+def scheduled(tiles: Tiles, head_dim: int, causal: bool) -> Schedule | None:
+    """The schedule of `flash_plan`'s tiles; what they do not say is as in SCHEDULES. None for other head dims."""
+    plan = SCHEDULES.get((head_dim, causal))
+    return plan and plan._replace(
+        groups=tiles.block_m // ROWS, block_n=tiles.block_n, stages=tiles.stages, band=tiles.heads
+    )

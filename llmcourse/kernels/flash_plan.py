@@ -117,24 +117,40 @@ POINTER = {
     (80, 2, 64): "128x64 w8 s3 h4 | 32x64 w4 s2 h4 | 128x64 w8 s2 h4",
     (80, 2, 128): "128x64 w8 s3 h4 | 32x64 w8 s2 h4 | 64x64 w8 s2 h4",
     (80, 2, 256): "64x32 w8 s2 h4 | 32x32 w4 s2 h4 | 64x32 w8 s2 h4",
-    (90, 2, 64): "128x64 w4 s3 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
-    (90, 2, 128): "128x64 w8 s3 h8 | 32x128 w8 s3 h8 | 128x64 w8 s3 h8",
+    (90, 2, 64): "64x64 w4 s3 h8 | 32x64 w4 s3 h8 | 128x64 w8 s3 h8",
+    (90, 2, 128): "128x128 w8 s3 h8 | 32x128 w8 s3 h8 | 128x32 w8 s3 h8",
     (90, 2, 256): "64x32 w4 s2 h8 | 32x64 w8 s2 h8 | 64x64 w8 s2 h8",
 }
 DESCRIPTOR_CAUSAL = {
-    (90, 2, 64): "128x64 w4 s3 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
-    (90, 2, 128): "128x128 w8 s2 h8 | 64x128 w8 s2 h8 | 128x64 w8 s3 h8",
+    (90, 2, 64): "64x64 w4 s3 h8 | 32x64 w4 s3 h8 | 128x64 w4 s3 h8",
+    (90, 2, 128): "64x64 w4 s3 h4 | 64x64 w4 s2 h8 | 128x64 w8 s3 h2",
     (90, 2, 256): "128x64 w8 s2 h8 | 64x64 w8 s2 h8 | 64x64 w8 s2 h8",
 }
 DESCRIPTOR_FULL = {
-    (90, 2, 64): "128x64 w4 s3 h1 | 64x128 w8 s2 h1 | 128x64 w8 s3 h1",
-    (90, 2, 128): "128x128 w8 s2 h1 | 64x128 w8 s2 h1 | 128x64 w8 s3 h1",
+    (90, 2, 64): "64x128 w4 s3 h1 | 64x64 w4 s3 h1 | 128x64 w4 s3 h1",
+    (90, 2, 128): "64x64 w4 s3 h1 | 64x64 w4 s2 h1 | 128x64 w8 s3 h1",
     (90, 2, 256): "128x64 w8 s2 h1 | 64x64 w8 s2 h1 | 64x64 w8 s2 h1",
-}  # With a window there is a loop more, and dK and dV of 128 columns need a smaller tile for it.
-WINDOWED_DKDV = {("descriptor", 128): "descriptor 64x64 w8 s2 h8"}
+}
 
-# The hand-written forward rung, by (head dim, causal), where it was measured to be faster: nowhere yet.
-HOPPER: dict[tuple[int, bool], str] = {}
+
+class ByHand(NamedTuple):
+    """Where the hand-written forward rung is faster than the others.
+
+    queries   from this many on: its tiles are tall, and few of them leave multiprocessors idle
+    tiles     of its launch, as text
+    """
+
+    queries: int
+    tiles: str
+
+
+# By (head dim, causal); measured on an H100 (`llmcourse/bench/records/flash*.json`).
+HOPPER = {
+    (64, True): ByHand(4096, "hopper 192x128 w16 s3 h8"),
+    (64, False): ByHand(2048, "hopper 192x128 w16 s3 h8"),
+    (128, True): ByHand(1024, "hopper 128x128 w12 s2 h8"),
+    (128, False): ByHand(1024, "hopper 128x128 w12 s2 h8"),
+}
 
 # What a sweep on an H100 tries (16 bits): all compile for sm_90 without spills, causal, and fit.
 SWEEP = {
@@ -169,6 +185,7 @@ SWEEP = {
     ): "128x64 w8 s2, 128x64 w8 s3, 128x128 w8 s2, 64x64 w4 s2, 64x64 w4 s3, 128x32 w8 s3",
 }
 HEADS = (1, 8)
+LONG = 1 << 20
 
 
 def plan_for(
@@ -180,20 +197,22 @@ def plan_for(
     window: int = 0,
     descriptors: bool = True,
     hopper: bool = False,
+    queries: int = LONG,
 ) -> Plan:
     """This device's own plan.
 
     capability    as 90
+    queries       of a sequence
     descriptors   whether the copy engine can read the tensors (`unusable`)
     hopper        whether the hand-written rung can (`flash_hopper.unsupported`)
     """
     key = (max(capability, 75), dtype.itemsize, max(64, power_of_two(head_dim)))
     found = _newest(DESCRIPTOR_CAUSAL if causal else DESCRIPTOR_FULL, key) if descriptors else ""
     plan = _of_rung("descriptor", found) if found else _of_rung("pointer", _newest(POINTER, key))
-    if window and (smaller := WINDOWED_DKDV.get((plan.dkdv.rung, key[2]))):
-        plan = plan._replace(dkdv=Tiles.parse(smaller))
     by_hand = HOPPER.get((head_dim, causal)) if hopper else None
-    return plan._replace(forward=Tiles.parse(by_hand)) if by_hand else plan
+    if by_hand and queries >= by_hand.queries:
+        return plan._replace(forward=Tiles.parse(by_hand.tiles))
+    return plan
 
 
 def _newest(table: dict[tuple[int, int, int], str], key: tuple[int, int, int]) -> str:

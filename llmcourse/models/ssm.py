@@ -148,9 +148,8 @@ class SSM(nn.Module):
     """x → (u, gate) → short convolution of u → selective scan → times silu(gate) → out.
 
     The weights have the names and shapes of transformers' MambaMixer; only conv1d is [C, width] here.
-    scan   "parallel", "sequential", "fused" (the same numbers), or "auto": parallel on a GPU. One CPU core
-           has nothing to run side by side, and the parallel scan does log₂ S times the work. "fused" is the
-           kernel of `llmcourse.kernels.selective_scan`: no gradient, and on a CPU the reference.
+    scan   "parallel", "sequential" or "fused" (the same numbers), or "auto", see `way`. "fused" is the kernel
+           of `llmcourse.kernels.selective_scan`: no gradient, and on a CPU the reference.
     """
 
     state = SSMState
@@ -181,20 +180,34 @@ class SSM(nn.Module):
         dt = F.softplus(linear(low, self.dt_proj.weight).to(kind) + self.dt_proj.bias.to(kind))
         A = -torch.exp(self.A_log.to(kind))
         before = None if state is None else state.h
-        if self.scan == "fused":
+        scan = self.way(u, dt, A, b, c) if self.scan == "auto" else self.scan
+        if scan == "fused":
             from llmcourse.kernels.selective_scan import selective_scan as fused_scan
 
             y, h = fused_scan(u, dt, A, b, c, before)
         else:
-            cpu = x.device.type == "cpu"
-            scan = ("sequential" if cpu else "parallel") if self.scan == "auto" else self.scan
-            chunk = CHUNK if cpu else LARGE_CHUNK
+            chunk = CHUNK if x.device.type == "cpu" else LARGE_CHUNK
             y, h = selective_scan(u.to(kind), dt, A, b.to(kind), c.to(kind), before, scan=scan, chunk=chunk)
         if state is not None:
             state.tail.copy_(tail.detach())
             state.h.copy_(h.detach())
         y = (y + self.D.to(kind) * u).to(x.dtype)
         return self.out_proj(y * F.silu(gate))
+
+    @staticmethod
+    def way(*tensors: Tensor) -> str:
+        """The fastest scan of these tensors [B, S, …]: on a GPU the kernel, unless a gradient is wanted.
+
+        One CPU core has nothing to run side by side, and the parallel scan does log₂ S times the work.
+        """
+        from llmcourse.kernels import language
+
+        if tensors[0].device.type == "cpu" or tensors[0].shape[1] == 1:
+            return "sequential"
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        wide = any(t.dtype == torch.float64 for t in tensors)
+        plain = learns or wide or torch.compiler.is_compiling() or not language.INSTALLED
+        return "parallel" if plain else "fused"
 
     @staticmethod
     def n_params(config: ModelConfig) -> int:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmcourse.errors import DeviceError, GraphError, ShapeError, UnknownNameError
 from llmcourse.kernels import flash_attention as flash
-from llmcourse.kernels import flash_backward, flash_cost, flash_forward
+from llmcourse.kernels import flash_backward, flash_cost, flash_forward, flash_hopper
 from llmcourse.kernels import flash_plan as plans
 from llmcourse.kernels.attention_naive import naive_attention, naive_bytes
 from llmcourse.kernels.attention_reference import reference, reference_varlen, visible
@@ -576,12 +576,19 @@ def test_every_device_has_a_plan(capability, dtype, descriptors, rung):
         assert {tiles.rung for tiles in plan} == {rung}
 
 
-def test_the_hand_written_rung_is_taken_where_it_was_measured_to_be_faster(monkeypatch):
-    monkeypatch.setitem(plans.HOPPER, (64, True), "hopper 192x128 w16 s3 h8")
-    choose = {"dtype": torch.bfloat16, "capability": 90}
-    assert plans.plan_for(64, **choose, causal=True, hopper=True).forward.rung == "hopper"
-    assert plans.plan_for(64, **choose, causal=True, hopper=False).forward.rung == "descriptor"
-    assert plans.plan_for(64, **choose, causal=False, hopper=True).forward.rung == "descriptor"
+@pytest.mark.parametrize(("head_dim", "causal"), plans.HOPPER)
+def test_the_hand_written_rung_is_taken_where_it_was_measured_to_be_faster(head_dim, causal):
+    by_hand = plans.HOPPER[head_dim, causal]
+    choose = {"dtype": torch.bfloat16, "capability": 90, "causal": causal}
+    long = plans.plan_for(head_dim, **choose, hopper=True, queries=by_hand.queries)
+    assert str(long.forward) == by_hand.tiles
+    assert {long.dkdv.rung, long.dq.rung} == {"descriptor"}
+    assert Plan.parse(str(long)) == long
+    short = plans.plan_for(head_dim, **choose, hopper=True, queries=by_hand.queries - 1)
+    assert short.forward.rung == "descriptor"
+    assert plans.plan_for(head_dim, **choose, hopper=False) == short
+    schedule = flash_hopper.SCHEDULES[head_dim, causal]
+    assert flash_hopper.scheduled(long.forward, head_dim, causal) == schedule
 
 
 def test_a_t4_has_no_bfloat16(monkeypatch):
