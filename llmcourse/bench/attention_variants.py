@@ -3,13 +3,11 @@
     llmcourse bench attention_variants --device cuda --out llmcourse/bench/records
 
 text        characters of Shakespeare, every variant with the same parameters, on three seeds: nats a
-character
-            on a held-out tenth, the same stretches for all
-uptraining  the multi-head model of that, its heads joined in groups by mean, first head or at random, before
-and
-            after a twentieth of its training
+            character on a held-out tenth, the same stretches for all
+uptraining  the multi-head model of that, its heads joined in groups by mean, first head or at random,
+            before and after a twentieth of its training
 decode      one attention layer of Llama's width, one new token for each sequence: time against batch and
-context
+            context
 
 On a CPU everything is small, so that the benchmark ends within a minute: its numbers then mean little.
 """
@@ -17,6 +15,7 @@ On a CPU everything is small, so that the benchmark ends within a minute: its nu
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +38,8 @@ from llmcourse.train.variants import Change, equal_parameters, grouped, latent, 
 
 Row = dict[str, Any]
 SEEDS = (0, 1, 2)
+WORKERS = 8
+"""Trainings at a time on a GPU."""
 POOLINGS = ("mean", "first", "random")
 
 
@@ -76,35 +77,47 @@ def run(device: str) -> tuple[list[Row], list[str]]:
 
 
 def text_rows(device: str) -> list[Row]:
-    """Every variant on every seed, and the conversions of the multi-head models."""
+    """Every variant on every seed, and the conversions of the multi-head models.
+
+    On a GPU in processes side by side: launching the kernels of one training takes longer than running them.
+    """
+    small = device == "cpu"
+    names = text_variants(text_config(65, small=small).head_dim)
+    # Those that are converted afterwards take longest, and come first.
+    tasks = [(name, seed, device) for name in names for seed in (SEEDS[:1] if small else SEEDS)]
+    if small:
+        return [row for task in tasks for row in trained(*task)]
+    with multiprocessing.get_context("spawn").Pool(min(WORKERS, len(tasks))) as pool:
+        return [row for rows in pool.starmap(trained, tasks, chunksize=1) for row in rows]
+
+
+def trained(name: str, seed: int, device: str) -> list[Row]:
+    """The row of one variant of `text_variants` trained on one seed; for MHA also those of its conversions."""
     small = device == "cpu"
     text = Text.shakespeare()
     base = text_config(text.vocab_size, small=small)
+    config = equal_parameters(base, text_variants(base.head_dim))[name]
     steps, batch, length = (6, 4, 32) if small else (600, 64, 256)
     held = text.batches(batch=batch, length=length, seed=10**6, held_out=True, device=device)
     test = list(islice(held, 2 if small else 16))
-    rows = []
     with _tf32():
-        for name, config in equal_parameters(base, text_variants(base.head_dim)).items():
-            for seed in SEEDS[:1] if small else SEEDS:
-                model = build(Transformer, config, seed=seed).to(device)
-                train = text.batches(batch=batch, length=length, seed=seed, device=device)
-                fit(model, train, steps=steps, lr=2e-3)
-                rows.append(
-                    {
-                        "kind": "text",
-                        "name": name,
-                        "seed": seed,
-                        "loss": held_out_loss(model, test),
-                        "steps": steps,
-                        "params": config.n_params,
-                        "bytes_per_token": config.kv_bytes_per_token(),
-                        "cache_bytes": config.cache_bytes(length),
-                    }
-                )
-                if name == "MHA":
-                    rows += _uptrained(model, text, test, seed=seed, steps=max(1, steps // 20), small=small)
-    return rows
+        model = build(Transformer, config, seed=seed).to(device)
+        train = text.batches(batch=batch, length=length, seed=seed, device=device)
+        fit(model, train, steps=steps, lr=2e-3)
+        row = {
+            "kind": "text",
+            "name": name,
+            "seed": seed,
+            "loss": held_out_loss(model, test),
+            "steps": steps,
+            "params": config.n_params,
+            "bytes_per_token": config.kv_bytes_per_token(),
+            "cache_bytes": config.cache_bytes(length),
+        }
+        if name != "MHA":
+            return [row]
+        again = max(1, steps // 20)
+        return [row, *_uptrained(model, text, test, seed=seed, steps=again, small=small)]
 
 
 def _uptrained(

@@ -157,9 +157,15 @@ def plans(case: Case, dtype: torch.dtype, capability: int, chosen: Chosen) -> di
     where = f"D{case.head_dim}" + (" causal" if case.causal else "")
     for rung in ("pointer", "descriptor"):
         plan = plan_for(
-            case.head_dim, dtype, capability, causal=case.causal, descriptors=rung == "descriptor"
+            case.head_dim,
+            dtype,
+            capability,
+            causal=case.causal,
+            window=case.window,
+            descriptors=rung == "descriptor",
         )
-        best = {kernel: chosen.get(f"{kernel} {where} {rung}") for kernel in Plan._fields}
+        swept = {} if case.window else chosen  # a sweep has no windows
+        best = {kernel: swept.get(f"{kernel} {where} {rung}") for kernel in Plan._fields}
         plan = plan._replace(**{kernel: tiles for kernel, tiles in best.items() if tiles})  # type: ignore[arg-type]
         if plan.forward.rung == rung:
             found[f"ours: {rung}"] = plan

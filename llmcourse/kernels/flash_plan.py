@@ -131,6 +131,8 @@ DESCRIPTOR_FULL = {
     (90, 2, 128): "64x64 w4 s3 h1 | 64x64 w4 s2 h1 | 128x64 w8 s3 h1",
     (90, 2, 256): "128x64 w8 s2 h1 | 64x64 w8 s2 h1 | 64x64 w8 s2 h1",
 }
+# With a window there is a loop more, and dK and dV of 128 columns need a smaller tile for it.
+WINDOWED_DKDV = {("descriptor", 128): "descriptor 32x64 w4 s3 h8"}
 
 
 class ByHand(NamedTuple):
@@ -209,6 +211,8 @@ def plan_for(
     key = (max(capability, 75), dtype.itemsize, max(64, power_of_two(head_dim)))
     found = _newest(DESCRIPTOR_CAUSAL if causal else DESCRIPTOR_FULL, key) if descriptors else ""
     plan = _of_rung("descriptor", found) if found else _of_rung("pointer", _newest(POINTER, key))
+    if window and (smaller := WINDOWED_DKDV.get((plan.dkdv.rung, key[2]))):
+        plan = plan._replace(dkdv=Tiles.parse(smaller))
     by_hand = HOPPER.get((head_dim, causal)) if hopper else None
     if by_hand and queries >= by_hand.queries:
         return plan._replace(forward=Tiles.parse(by_hand.tiles))
