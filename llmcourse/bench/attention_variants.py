@@ -92,7 +92,7 @@ def text_rows(device: str) -> list[Row]:
 
 
 def trained(name: str, seed: int, device: str) -> list[Row]:
-    """The row of one variant of `text_variants` trained on one seed; for MHA also those of its conversions."""
+    """The row of a variant of `text_variants` trained on one seed; for MHA also those of its conversions."""
     small = device == "cpu"
     text = Text.shakespeare()
     base = text_config(text.vocab_size, small=small)

@@ -310,7 +310,7 @@ def main(arguments: list[str]) -> None:
         "--prepare", action="store_true", help="compile flex_attention for all cases, no more"
     )
     parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--sweep", type=Path, help="flash_sweep.json: take its best plans for ours")
+    parser.add_argument("--sweep", type=Path, help="a record of flash_sweep: take its best plans for ours")
     parser.add_argument("--out", type=Path, default=None, help=f"folder of the record, such as {FOLDER.name}")
     options = parser.parse_args(arguments)
     if options.prepare:

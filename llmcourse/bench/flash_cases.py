@@ -95,9 +95,11 @@ def cases(*, tokens: int = TOKENS, lengths: tuple[int, ...] = LENGTHS) -> Iterat
         for backward in (False, True):
             yield Case("gqa", max(1, tokens // length), heads, kv_heads, length, 128, backward=backward)
     # One sequence of SmolLM2-135M and of Llama 3 8B: too few tiles for all multiprocessors, or just enough.
-    for sizes in ((1, 9, 3), (1, 32, 8)) if tokens == TOKENS else ((1, 3, 1), (1, 4, 1)):
+    for few, shared, head_dim in (
+        ((9, 3, 64), (32, 8, 128)) if tokens == TOKENS else ((3, 1, 64), (4, 1, 128))
+    ):
         for length in (lengths[0] // 2, lengths[1]):
-            yield Case("small", *sizes, length, 64 if sizes[1] % 3 == 0 else 128)
+            yield Case("small", 1, few, shared, length, head_dim)
     for window in (lengths[0], lengths[2]) if len(lengths) > 2 else (lengths[0] // 2,):
         for backward in (False, True):
             yield Case("window", 1, kv_heads * 2, kv_heads * 2, lengths[-1], 128, True, window, backward)

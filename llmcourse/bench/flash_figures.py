@@ -121,6 +121,40 @@ def of(device: str, *, folder: Path | None = None) -> Figures:
     return Figures(tuple(rows), record.caption)
 
 
+WAYS = {
+    (False, False): "neither",
+    (True, False): "in turn",
+    (False, True): "a block ahead",
+    (True, True): "both",
+}
+"""By `Schedule`'s (ordered, overlap)."""
+
+
+def ways(*, folder: Path | None = None) -> tuple[Table, list[float]]:
+    """The hand-written kernel with tiles of several sizes, launched in four ways, from a sweep's record.
+
+    Returns a table of TFLOP/s (8,192 tokens, no mask), and for each of its lines the rate of both ways
+    together over that of neither. Raises UnknownNameError where there is no record.
+    """
+    from llmcourse.notebook import Table
+
+    record = recorded("flash_sweep", device="H100", folder=folder)
+    found: dict[tuple[int, int, int], dict[tuple[bool, bool], float]] = {}
+    for row in record.results:
+        kernel, head_dim, *mask = row["group"].split()
+        if kernel == "hopper" and not mask and row["stage"] == "tiles" and not row["choice"]["persistent"]:
+            c = row["choice"]
+            rates = found.setdefault((int(head_dim[1:]), c["groups"], c["block_n"]), {})
+            rates[c["ordered"], c["overlap"]] = row["tflops"]
+    sizes = sorted(found)
+    lines = [
+        (f"D {d}: {groups} × 64 queries, {keys} keys", *(f"{found[d, groups, keys][w]:.0f}" for w in WAYS))
+        for d, groups, keys in sizes
+    ]
+    gains = [found[size][True, True] / found[size][False, False] for size in sizes]
+    return Table(["TFLOP/s at S = 8,192, no mask", *WAYS.values()], lines, record.caption), gains
+
+
 def _measured() -> Iterator[dict[str, Any]]:
     import torch
 

@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmcourse.bench.flash_cases import COLUMNS, HEAD_DIMS, TOKENS
-from llmcourse.bench.records import new_record
+from llmcourse.bench.records import new_record, save
 from llmcourse.bench.timing import measure
-from llmcourse.files import write_whole
 from llmcourse.kernels.flash_backward import backward as launch_backward
 from llmcourse.kernels.flash_cost import flops
 from llmcourse.kernels.flash_forward import forward as launch_forward
@@ -47,6 +46,12 @@ KERNELS = ("forward", "hopper", "dkdv", "dq")
 SHARED_BYTES = 232_448 - 2048
 AHEAD = 4  # sweeps of L2 before a call, in which the host gets ahead
 KEPT = 4  # of a group, tried further
+NOTES = [
+    "bf16, 16,384 tokens a batch, 2,048 columns, random data; L2 swept before a call, candidates in turns; "
+    "dkdv and dq: the time of the whole backward with that kernel's candidate",
+    "stage tiles: all candidates at 8,192 tokens; heads: the best with other numbers of heads side by side; "
+    "then the best at another length",
+]
 
 
 @dataclass(frozen=True)
@@ -278,8 +283,9 @@ def main() -> None:
             continue
         rows += sweep_group(group, compiled[group])
         torch.cuda.empty_cache()
-        record = new_record("flash_sweep", "cuda", rows, failed)
-        write_whole(options.out / "flash_sweep.json", json.dumps(asdict(record), indent=1) + "\n")
+        record = new_record("flash_sweep", "cuda", rows, [*NOTES, *failed])
+        record = replace(record, command="python -m llmcourse.bench.flash_sweep --out FOLDER")
+        save(record, options.out)
     for fault in failed[:30]:
         print(f"  {fault}", flush=True)
     print(f"done after {time.monotonic() - started:.0f} s", flush=True)

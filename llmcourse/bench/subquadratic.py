@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from llmcourse.models import HyenaSizes, KVCache, ModelConfig, Transformer
 from llmcourse.models.mixers import MIXERS
 from llmcourse.models.step import Step
 from llmcourse.train.recall import Recall, train_recall
+
+if TYPE_CHECKING:
+    from llmcourse.bench.records import Record
+    from llmcourse.notebook import Table
 
 KINDS = ("attention", "linear", "ssm", "hyena", "modal")
 """Layers that are compared; "modal" is a Hyena layer with a modal filter."""
@@ -207,6 +211,35 @@ def _captured_token(model: Transformer, cache: KVCache, context: int) -> Callabl
     decoder = GraphDecoder(model, cache)
     decoder.positions.fill_(context)
     return lambda: decoder.step(context + 1)
+
+
+def table_of(record: Record) -> Table:
+    """Of a GPU's record: where each layer becomes cheaper than attention, and times at the longest length."""
+    from llmcourse.notebook import Table
+
+    found = {
+        kind: [r for r in record.results if r["kind"] == kind] for kind in ("layer", "crossover", "decode")
+    }
+    tokens, context = max(r["tokens"] for r in found["layer"]), max(r["context"] for r in found["decode"])
+    begins = {(r["name"], r["dtype"]): r["tokens"] or "never" for r in found["crossover"]}
+    ms = {(r["name"], r["dtype"]): r["ms"] for r in found["layer"] if r["tokens"] == tokens}
+    after = {r["name"]: r["ms"] for r in found["decode"] if r["context"] == context}
+    types = tuple(dict.fromkeys(dtype for _, dtype in ms))
+    rows = [
+        (
+            name,
+            *(begins.get((name, t), "–") for t in types),
+            *(ms[name, t] for t in types),
+            after.get(name, "–"),
+        )
+        for name in dict.fromkeys(name for name, _ in ms)
+    ]
+    heads = ["layer", *(f"cheaper than attention from, {t}" for t in types)]
+    heads += [
+        *(f"ms for {tokens:,} tokens, {t}" for t in types),
+        f"ms for a token after {context:,}, 8 layers",
+    ]
+    return Table(heads, rows, record.caption)
 
 
 def recall_rows(

@@ -153,7 +153,7 @@ GENERATIONS = {
         overlap=True, programs=1,
     ),
     "one kernel": Generation(
-        "side by side, and backward in one kernel that adds its parts of dQ in memory (FlashAttention-3, cuDNN)",
+        "side by side, and backward in one kernel, which adds its parts of dQ in memory (FlashAttention-3)",
         overlap=True, programs=1, products=5, exponentials=1,
     ),
 }  # fmt: skip

@@ -211,7 +211,7 @@ def flash_forward(
 
 
 def scheduled(tiles: Tiles, head_dim: int, causal: bool) -> Schedule | None:
-    """The schedule of `flash_plan`'s tiles; what they do not say is as in SCHEDULES. None for other head dims."""
+    """The schedule of `flash_plan`'s tiles, the rest as in SCHEDULES; None for a head dim that has none."""
     plan = SCHEDULES.get((head_dim, causal))
     return plan and plan._replace(
         groups=tiles.block_m // ROWS, block_n=tiles.block_n, stages=tiles.stages, band=tiles.heads

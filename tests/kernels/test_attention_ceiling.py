@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcourse.bench.records import recorded
 from llmcourse.errors import ShapeError, UnknownNameError
 from llmcourse.hardware import GPUS, gpu
 from llmcourse.kernels.attention_ceiling import (
@@ -134,6 +135,22 @@ def test_a_long_sequence_reaches_the_ideal_and_a_short_one_does_not():
     assert shares == sorted(shares)
     assert shares[0] < 0.7
     assert shares[-1] > 0.95
+
+
+def test_nothing_that_was_measured_is_above_its_ceiling():
+    rows = [r for r in recorded("flash").results if "ceiling_tflops" in r and "tflops" in r]
+    assert {r["direction"] for r in rows} == {"forward", "backward"}
+    assert max(r["tflops"] / r["ceiling_tflops"] for r in rows) < 1
+    # Ways that overlap are faster than the model of those that do not, so that it is no bound for them.
+    assert any(r["who"] == "ours: hopper" and r["tflops"] > r["no_overlap_tflops"] for r in rows)
+
+
+def test_five_products_backward_are_a_higher_ceiling_than_seven():
+    one, two = GENERATIONS["one kernel"], GENERATIONS["overlapped"]
+    for head_dim in (64, 128):
+        assert ceiling(H100, one, head_dim) == ceiling(H100, two, head_dim)
+        gain = ceiling(H100, one, head_dim, backward=True) / ceiling(H100, two, head_dim, backward=True)
+        assert 1 < gain <= 7 / 5 + 1e-9
 
 
 def test_an_empty_attention_has_no_rate():

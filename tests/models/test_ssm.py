@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcourse.models import KVCache, ModelConfig, SSMSizes, Transformer
 from llmcourse.models.short_conv import ShortConv
+from llmcourse.kernels import language
 from llmcourse.models.ssm import SCANS, SSM, LinearRecurrence, SSMState, selective_scan
 
 SIZES = dict(vocab_size=53, d_model=20, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=10, d_ff=24)
@@ -96,6 +97,19 @@ def test_the_layer_equals_transformers_mamba_mixer_with_the_same_weights():
             ours.scan = scan
             # Theirs rounds A and B to float32 on the way.
             torch.testing.assert_close(ours(x, FRESH, None), want, atol=2e-6, rtol=2e-6)
+
+
+def test_the_kernel_is_taken_where_it_can_run_and_nobody_wants_a_gradient():
+    def chosen(tokens=8, dtype=torch.float32, device="meta", learns=False):
+        u = torch.empty(1, tokens, 4, dtype=dtype, device=device).requires_grad_(learns)
+        return SSM.way(u, torch.empty(4, 2, dtype=dtype, device=device))
+
+    best = "fused" if language.INSTALLED else "parallel"
+    assert chosen() == chosen(dtype=torch.bfloat16) == best
+    assert chosen(learns=True) == chosen(dtype=torch.float64) == "parallel"
+    with torch.no_grad():
+        assert chosen(learns=True) == best
+    assert chosen(tokens=1) == chosen(device="cpu") == "sequential"
 
 
 def test_the_short_convolution_equals_pytorchs():

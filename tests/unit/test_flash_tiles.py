@@ -191,6 +191,27 @@ def test_the_figures_of_a_record_are_told_and_drawn(tmp_path):
         figures.rate("forward", 64, 1024, "flex_attention")
 
 
+def test_a_sweep_is_told_by_tile_and_way(tmp_path):
+    device = {"kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}
+    choice = {"groups": 2, "block_n": 64, "persistent": False}
+    head = {"group": "hopper D64", "stage": "tiles"}
+    rates = {(False, False): 300.0, (True, False): 310.0, (False, True): 320.0, (True, True): 330.0}
+    swept = [
+        {**head, "choice": {**choice, "ordered": a, "overlap": b}, "tflops": rates[a, b]} for a, b in rates
+    ]
+    swept += [
+        {**swept[3], "choice": {**swept[3]["choice"], "persistent": True}, "tflops": 999.0},
+        {**swept[3], "group": "hopper D64 causal", "tflops": 999.0},
+        {**swept[3], "stage": "heads", "tflops": 999.0},
+        {**swept[3], "group": "forward D64", "choice": {"rung": "pointer"}, "tflops": 999.0},
+    ]
+    save(Record("flash_sweep", device, {"torch": "2.11.0"}, "2026-11-24", "", swept), tmp_path)
+    table, gains = flash_figures.ways(folder=tmp_path)
+    assert gains == [pytest.approx(1.1)]
+    assert "999" not in repr(table)
+    assert all(f"{rate:.0f}" in repr(table) for rate in rates.values())
+
+
 def test_without_a_record_that_is_said(tmp_path):
     with pytest.raises(UnknownNameError, match="no record of 'flash'"):
         flash_figures.of("cpu", folder=tmp_path)

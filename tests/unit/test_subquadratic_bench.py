@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmcourse.bench.records import Record
 from llmcourse.bench.subquadratic import (
     KINDS,
     crossover,
@@ -14,6 +15,7 @@ from llmcourse.bench.subquadratic import (
     layer_flops,
     reader,
     recall_rows,
+    table_of,
     time_decode,
     time_layers,
     whole,
@@ -84,3 +86,21 @@ def test_recall_rows_say_what_was_trained():
         ("hyena+attention", 1, 2),
     ]
     assert all(0 <= r["accuracy"] <= 1 for r in rows)
+
+
+def test_the_table_of_a_record_takes_the_longest_lengths_of_each_type():
+    rows = [
+        {"kind": "layer", "name": name, "dtype": dtype, "tokens": tokens, "ms": ms * tokens}
+        for name, ms in (("attention", 0.5), ("linear", 0.25))
+        for dtype in ("bfloat16", "float32")
+        for tokens in (1024, 4096)
+    ]
+    rows += [{"kind": "crossover", "name": "linear", "dtype": "bfloat16", "tokens": 777}]
+    rows += [{"kind": "crossover", "name": "linear", "dtype": "float32", "tokens": None}]
+    rows += [{"kind": "decode", "name": "linear", "context": n, "ms": n / 1e4} for n in (1024, 8192)]
+    record = Record("subquadratic", {"name": "X"}, {"torch": "2.11.0"}, "2026-11-24", "", rows)
+    table = table_of(record)
+    assert table.rows == [
+        ["attention", "–", "–", "2,048", "2,048", "–"],
+        ["linear", "777", "never", "1,024", "1,024", "0.8192"],
+    ]
