@@ -58,7 +58,7 @@ def test_on_a_cpu_every_path_runs_and_every_result_is_right():
     rows, notes = flash.run("cpu")
     assert "no times" in notes[0]
     ours_ = [row for row in rows if row["who"].startswith("ours")]
-    assert {row["group"] for row in ours_} == {"forward", "backward", "window", "varlen"}
+    assert {row["group"] for row in ours_} == {"forward", "backward", "small", "window", "varlen"}
     assert {row["who"] for row in ours_} == {"ours: pointer", "ours: hopper"}
     assert all(row["error"] < flash.GOOD_ENOUGH for row in ours_)
     assert not [row for row in rows if "wrong" in row.get("unavailable", "")]

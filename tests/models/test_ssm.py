@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmcourse.kernels import language
 from llmcourse.models import KVCache, ModelConfig, SSMSizes, Transformer
 from llmcourse.models.short_conv import ShortConv
-from llmcourse.kernels import language
 from llmcourse.models.ssm import SCANS, SSM, LinearRecurrence, SSMState, selective_scan
 
 SIZES = dict(vocab_size=53, d_model=20, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=10, d_ff=24)
