@@ -8,32 +8,27 @@ whole prefix through the model again. Layers that are not attention keep somethi
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcourse.errors import ShapeError
 from llmcourse.models.config import ModelConfig
-from llmcourse.models.state import State
+from llmcourse.models.state import Shapes, State
 from llmcourse.models.step import Step
 
 
 class KVState(State):
     """Keys and values of every token, contiguous, reserved up front: k, v [B, Hkv, T, D]."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (batch, config.n_kv_heads, max_len, config.head_dim)
-        # Zeros, not empty: masked positions are multiplied by zero weights, and 0 × NaN is NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def shapes(config: ModelConfig, max_len: int, dtype: torch.dtype) -> Shapes:
+        one = (config.n_kv_heads, max_len, config.head_dim), dtype
+        return {"k": one, "v": one}
 
     def extend(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Step]:
         """Store the keys and values [B, Hkv, S, D] of a pass; return all that it looks at, and how."""
@@ -60,19 +55,16 @@ class RollingState(State):
     sinks + (p − sinks) mod window, where it replaces the position that has just left the window.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, **options: Any) -> None:
+        super().__init__(config, batch, max_len, **options)
         self.window, self.sinks = config.window, config.sinks
-        slots = min(self.window + self.sinks, max_len)
-        self.k = torch.zeros((batch, config.n_kv_heads, slots, config.head_dim), dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+
+    @staticmethod
+    def shapes(config: ModelConfig, max_len: int, dtype: torch.dtype) -> Shapes:
+        return KVState.shapes(config, min(config.window + config.sinks, max_len), dtype)
 
     def extend(self, k: Tensor, v: Tensor, step: Step) -> tuple[Tensor, Tensor, Step]:
         """Store the keys and values [B, Hkv, S, D] of a pass; return all that it looks at, and how."""

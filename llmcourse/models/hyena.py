@@ -12,7 +12,7 @@ some of its layers: `layers = ("hyena", "hyena", "attention", …)`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from llmcourse.models.linear import Linear
 from llmcourse.models.long_filter import FILTERS
 from llmcourse.models.recurrent import accumulator, accumulator_size
 from llmcourse.models.short_conv import ShortConv
-from llmcourse.models.state import State
+from llmcourse.models.state import Shapes, State
 
 if TYPE_CHECKING:
     from llmcourse.models.config import ModelConfig
@@ -56,26 +56,24 @@ class HyenaState(State):
     """
 
     recurrent = True
+    tail: Tensor
     history: Tensor
     modes: Tensor
     taps: Taps
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, **options: Any) -> None:
+        super().__init__(config, batch, max_len, **options)
+        if config.hyena.kind != "modal":
+            kind = accumulator(self.tail.dtype)
+            self.taps = Taps(torch.zeros(config.d_model, max_len, dtype=kind, device=self.tail.device))
+
+    @staticmethod
+    def shapes(config: ModelConfig, max_len: int, dtype: torch.dtype) -> Shapes:
         sizes, width = config.hyena, config.d_model
-        self.tail = torch.zeros(batch, sizes.d_conv - 1, 3 * width, dtype=dtype, device=device)
+        tail = {"tail": ((sizes.d_conv - 1, 3 * width), dtype)}
         if sizes.kind == "modal":
-            self.modes = self.tail.new_zeros(batch, width, sizes.d_state, 2, dtype=accumulator(dtype))
-            return
-        self.history = self.tail.new_zeros(batch, width, max_len)
-        self.taps = Taps(torch.zeros(width, max_len, dtype=accumulator(dtype), device=device))
+            return {**tail, "modes": ((width, sizes.d_state, 2), accumulator(dtype))}
+        return {**tail, "history": ((width, max_len), dtype)}
 
     def reset(self) -> None:
         super().reset()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmcourse.models.linear import Linear
 from llmcourse.models.recurrent import accumulator, accumulator_size
-from llmcourse.models.state import State
+from llmcourse.models.state import Shapes, State
 
 if TYPE_CHECKING:
     from llmcourse.models.config import ModelConfig
@@ -113,19 +113,13 @@ class LinearState(State):
     """s [B, Hkv, D, D] and z [B, Hkv, D]: D + 1 numbers for every feature of a key/value head."""
 
     recurrent = True
+    s: Tensor
+    z: Tensor
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (batch, config.n_kv_heads, config.head_dim)
-        self.z = torch.zeros(shape, dtype=accumulator(dtype), device=device)
-        self.s = self.z.new_zeros(*shape, config.head_dim)
+    @staticmethod
+    def shapes(config: ModelConfig, max_len: int, dtype: torch.dtype) -> Shapes:
+        heads, d, kind = config.n_kv_heads, config.head_dim, accumulator(dtype)
+        return {"s": ((heads, d, d), kind), "z": ((heads, d), kind)}
 
 
 class LinearAttention(nn.Module):

@@ -24,7 +24,7 @@ from llmcourse.models.linear import Linear
 from llmcourse.models.norm import RMSNorm
 from llmcourse.models.rope import rotate, sharpening
 from llmcourse.models.sizes import LatentSizes
-from llmcourse.models.state import State
+from llmcourse.models.state import Shapes, State
 from llmcourse.models.step import Step
 
 if TYPE_CHECKING:
@@ -34,18 +34,12 @@ if TYPE_CHECKING:
 class LatentState(State):
     """The latent and the rotary key of every token: latent [B, T, kv_rank + rope_dim]."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    latent: Tensor
+
+    @staticmethod
+    def shapes(config: ModelConfig, max_len: int, dtype: torch.dtype) -> Shapes:
         sizes = latent_sizes(config)
-        shape = (batch, max_len, sizes.kv_rank + sizes.rope_dim)
-        self.latent = torch.zeros(shape, dtype=dtype, device=device)
+        return {"latent": ((max_len, sizes.kv_rank + sizes.rope_dim), dtype)}
 
     def extend(self, latent: Tensor, step: Step) -> Tensor:
         """Store what is kept of a pass's tokens [B, S, kv_rank + rope_dim]; return all that it looks at."""

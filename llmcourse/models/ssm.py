@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from llmcourse.models.linear import Linear, linear
 from llmcourse.models.recurrent import accumulator, accumulator_size
 from llmcourse.models.short_conv import ShortConv
-from llmcourse.models.state import State
+from llmcourse.models.state import Shapes, State
 
 if TYPE_CHECKING:
     from llmcourse.models.config import ModelConfig
@@ -129,19 +129,16 @@ class SSMState(State):
     """tail [B, d_conv − 1, C], the last inputs of the short convolution, and h [B, C, N]."""
 
     recurrent = True
+    tail: Tensor
+    h: Tensor
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_len: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    @staticmethod
+    def shapes(config: ModelConfig, max_len: int, dtype: torch.dtype) -> Shapes:
         channels = config.ssm.expand * config.d_model
-        self.tail = torch.zeros(batch, config.ssm.d_conv - 1, channels, dtype=dtype, device=device)
-        self.h = self.tail.new_zeros(batch, channels, config.ssm.d_state, dtype=accumulator(dtype))
+        return {
+            "tail": ((config.ssm.d_conv - 1, channels), dtype),
+            "h": ((channels, config.ssm.d_state), accumulator(dtype)),
+        }
 
 
 class SSM(nn.Module):

@@ -11,6 +11,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llmcourse.models.config import ModelConfig
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
 
 class State:
     """One layer's memory of `batch` sequences. Its tensors have the batch first and are updated in place.
@@ -30,6 +32,13 @@ class State:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        for name, (shape, kind) in self.shapes(config, max_len, dtype).items():
+            # Zeros, not empty: masked positions are multiplied by zero weights, and 0 × NaN is NaN.
+            setattr(self, name, torch.zeros(batch, *shape, dtype=kind, device=device))
+
+    @staticmethod
+    def shapes(config: ModelConfig, max_len: int, dtype: torch.dtype) -> Shapes:
+        """Shape and type of each tensor, of one sequence of up to `max_len` tokens."""
         raise NotImplementedError
 
     @property
