@@ -64,6 +64,7 @@ class ModelConfig:
     bias: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # a list would make the config unhashable
         at_least(1, vocab_size=self.vocab_size, d_model=self.d_model, max_len=self.max_len)
         at_least(1, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
         at_least(0, n_layers=self.n_layers, d_ff=self.d_ff, window=self.window, sinks=self.sinks)

@@ -115,3 +115,10 @@ def test_a_pass_with_a_cache_records_no_gradient(models, name):
         assert not model(torch.randint(0, 53, (2, tokens)), cache).requires_grad
     assert not any(tensor.requires_grad for state in cache.layers for tensor in state.tensors.values())
     assert model(torch.randint(0, 53, (2, 9))).requires_grad
+
+
+def test_kinds_may_come_as_a_list():
+    sizes = dict(vocab_size=7, d_model=8, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=8, max_len=9)
+    config = ModelConfig(**sizes, layers=["attention", "ssm"])
+    assert config == ModelConfig(**sizes, layers=("attention", "ssm"))
+    assert hash(config)
