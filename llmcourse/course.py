@@ -47,7 +47,14 @@ CHAPTERS = (
     Chapter(
         "01", "backprop", "Backpropagation, from one scalar to a trained network", 1, "memory", ready=True
     ),
-    Chapter("02", "activations_losses_optimizers", "Activations, losses, optimizers", 1, "cost, memory"),
+    Chapter(
+        "02",
+        "activations_losses_optimizers",
+        "Activations, losses, optimizers",
+        1,
+        "cost, memory",
+        ready=True,
+    ),
     Chapter(
         "03",
         "gpu_architecture",
@@ -78,7 +85,7 @@ CHAPTERS = (
     ),
     Chapter("10", "flash_attention", "FlashAttention", 3, "latency, memory", ready=True),
     Chapter("11", "subquadratic", "Sub-quadratic sequence models", 3, "latency, memory", ready=True),
-    Chapter("12", "training_memory", "Training in little memory", 4, "memory, cost"),
+    Chapter("12", "training_memory", "Training in little memory", 4, "memory, cost", ready=True),
     Chapter("13", "distributed_training", "Distributed training", 4, "throughput, memory"),
     Chapter("14", "quantization", "Quantization", 5, "latency, memory, cost"),
     Chapter("15", "lora", "LoRA and QLoRA", 5, "memory, cost"),

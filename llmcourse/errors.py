@@ -19,6 +19,17 @@ class CourseError(Exception):
         self.what, self.why, self.fix = what, why, fix
         super().__init__(f"{what}\n  {why}\n  Try {fix}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors travel between processes: an exception is otherwise rebuilt from its text alone."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[CourseError], args: tuple[str, ...], state: dict[str, object]) -> CourseError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class ShapeError(CourseError, ValueError):
     """Tensors whose shapes do not fit together."""

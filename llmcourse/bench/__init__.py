@@ -15,6 +15,7 @@ from llmcourse.bench.records import FOLDER, Record, all_records, new_record, rec
 from llmcourse.errors import UnknownNameError
 
 BENCHMARKS = {
+    "alignment": "DPO and GRPO raise a checkable reward of the real model, on prompts kept from training",
     "attention_variants": "MHA, GQA, MQA, MLA and windows: what each learns, and its decode step",
     "ceilings": "copy bandwidth and matrix FLOP/s of this machine",
     "engine_start": "notebook 00's ladder of the engine, beside transformers",
@@ -22,7 +23,10 @@ BENCHMARKS = {
     "kernels": "the memory-bound kernels beside torch.compile and a copy of as many bytes",
     "memory_levels": "latency and bandwidth of each level of a GPU's memory",
     "matmul": "the ladder of matrix products in bf16, fp16 and fp8, beside cuBLAS",
+    "pretrain": "a GPT from raw Shakespeare to samples: loss, tokens/s, MFU, size against loss, resume",
+    "parallel": "2 GPUs through NCCL against one, and against DDP, FSDP2, DTensor and PyTorch's pipelines",
     "subquadratic": "attention, linear attention, SSM and Hyena layers against length; decoding; recall",
+    "training_memory": "a training step's peak memory beside the ledger's prediction; time of recomputing",
     "streams": "stream programs, CUDA graphs and input loaders, with the constants that predict them",
 }
 GPU_ONLY = {"streams"}

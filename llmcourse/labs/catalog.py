@@ -97,16 +97,29 @@ FLASH_ANSWERS = (
 
 SUBQUADRATIC_ANSWERS = (*MODEL_ANSWERS, "scipy", "mamba_ssm", "fla")
 
+ALIGNMENT_ANSWERS = (*MODEL_ANSWERS, "trl", "tokenizers", "sentencepiece", "tiktoken", "llmcourse.text")
+"""Tokenizers, fine-tuning and alignment, ready-made."""
+
+DISTRIBUTED_ANSWERS = (
+    *("deepspeed", "megatron", "fairscale", "horovod"),
+    *(f"llmcourse.{name}" for name in ("train", "plug")),
+)
+"""Collectives, parallel layers, schedules and compression, ready-made."""
+
 LABS = (
     Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),
+    Lab("02", "activations_losses_optimizers", "What a training step is made of", forbidden=MODEL_ANSWERS),
     Lab("03", "gpu_architecture", "Threads, warps and blocks in CUDA C++", forbidden=KERNELS),
     Lab("04", "memory_hierarchy", "Memory traffic in CUDA C++, counted", forbidden=KERNELS),
     Lab("05", "triton_kernels", "Fused kernels in Triton, by the byte", forbidden=TRITON_ANSWERS),
     Lab("06", "streams_graphs_transfers", "Schedules, prefetching, capture", forbidden=SIMULATED),
     Lab("07", "transformer", "A decoder block for the real model", forbidden=MODEL_ANSWERS),
+    Lab("08", "pretraining_to_rlhf", "From text to an aligned model", forbidden=ALIGNMENT_ANSWERS),
     Lab("09", "attention_variants", "Fewer keys and values", forbidden=MODEL_ANSWERS),
     Lab("10", "flash_attention", "FlashAttention, forward and backward", forbidden=FLASH_ANSWERS),
     Lab("11", "subquadratic", "Without the square", forbidden=SUBQUADRATIC_ANSWERS),
+    Lab("12", "training_memory", "Training in little memory", forbidden=MODEL_ANSWERS),
+    Lab("13", "distributed_training", "Many workers, few bytes", forbidden=DISTRIBUTED_ANSWERS),
 )
 
 

@@ -10,17 +10,23 @@ A point is a place in the package where one function can stand for another. `poi
 the signature that each expects. After the block the package's own code is back, whatever happened in it.
 What your function returns is checked where it is used; what it raises says at which point it was.
 
-`point` holds the mechanism, `autograd` the points of `llmcourse.autograd`; those of `llmcourse.models` are in
-`kernels`, `transformer`, `flash`, `attention_variants` and `subquadratic`. `same_text` compares what a model
+`point` holds the mechanism, `autograd` the points of `llmcourse.autograd`; those of `llmcourse.models` are
+in `kernels`, `transformer`, `flash`, `attention_variants` and `subquadratic`, those of
+`llmcourse.train.alignment` in `alignment`, of tokenizers and fine-tuning in `language_model`, of training
+in little memory in `training_memory`, of a training step in `optimizers`. `same_text` compares what a model
 says with and without a plug.
 """
 
 from llmcourse.plug import (  # they register their points
+    alignment,
     attention_variants,
     autograd,
     flash,
     kernels,
+    language_model,
+    optimizers,
     subquadratic,
+    training_memory,
     transformer,
 )
 from llmcourse.plug.point import Plug, PlugError, Point, plug, points, register
@@ -29,13 +35,17 @@ __all__ = [
     "Plug",
     "PlugError",
     "Point",
+    "alignment",
     "attention_variants",
     "autograd",
     "flash",
     "kernels",
+    "language_model",
+    "optimizers",
     "plug",
     "points",
     "register",
     "subquadratic",
+    "training_memory",
     "transformer",
 ]

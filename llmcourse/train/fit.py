@@ -9,9 +9,9 @@ then falls along a cosine to a tenth. Gradients are clipped by their norm over a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -20,14 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcourse.errors import GraphError, ShapeError
+from llmcourse.train import schedules
+from llmcourse.train.optim import decay_groups
 from llmcourse.train.tasks import IGNORE, Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
+SHORT_MEMORY = partial(torch.optim.AdamW, betas=(0.9, 0.98))
+"""AdamW for runs of a few hundred steps: a mean of squares over the last 50 of them."""
+
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """Mean loss in nats over the positions of a batch at which something is asked."""
-    return F.cross_entropy(model(*batch.inputs).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    return token_loss(model(*batch.inputs).flatten(0, 1), batch.targets.flatten())
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of −log softmax(logits)[target], logits [N, V], over the targets [N] that are not IGNORE."""
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE)
 
 
 def fit(
@@ -37,14 +47,16 @@ def fit(
     steps: int,
     lr: float = 3e-3,
     loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     warmup: int | None = None,
     weight_decay: float = 0.01,
     clip: float = 1.0,
 ) -> list[float]:
-    """Train `model` in place by AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); its loss at every step.
+    """Train `model` in place, by AdamW unless told otherwise; its loss at every step.
 
     batches       anything that yields `steps` batches or more; `Batch` for the loss that is used by default
     loss          of (model, batch): one number to go downhill on
+    optimizer     makes one of (groups of parameters, lr=lr); AdamW with a short memory unless given
     warmup        steps of climbing learning rate; a tenth of all unless given
     weight_decay  for matrices only: norms and biases have no reason to be near zero
     clip          the largest norm that the gradient of all parameters may have
@@ -61,26 +73,19 @@ def fit(
             "A model that was loaded to be run is frozen, so that no graph is recorded.",
             "model.requires_grad_(True).",
         )
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=(0.9, 0.98),  # a short memory for squares: these runs are a few hundred steps
-    )
+    stepper = (optimizer or SHORT_MEMORY)(decay_groups(model, weight_decay), lr=lr)
     curve: list[float] = []
     was_training = model.training
     model.train()
     try:
         for step, batch in enumerate(islice(batches, steps)):
-            for group in optimizer.param_groups:
+            for group in stepper.param_groups:
                 group["lr"] = lr * scale_at(step, steps, warmup)
             value = loss(model, batch)
-            optimizer.zero_grad()
+            stepper.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
+            stepper.step()
             curve.append(value.item())
     finally:  # also when a reader interrupts
         model.train(was_training)
@@ -110,9 +115,7 @@ def one_thread() -> Iterator[None]:
 
 def scale_at(step: int, steps: int, warmup: int) -> float:
     """The learning rate of a step as a share of the highest: up a ramp, then down a cosine to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return schedules.cosine(step, steps, warmup=warmup, floor=0.1)
 
 
 def build(make: Callable[..., Model], *args: Any, seed: int, **options: Any) -> Model:

@@ -314,7 +314,9 @@ def test_every_module_that_holds_a_replaced_function_is_one_of_its_places():
         holders = {
             f"{module}:{name}"
             for module, m in list(sys.modules.items())
-            if module.startswith(("llmcourse.autograd", "llmcourse.models", "llmcourse.engine"))
+            if module.startswith(
+                tuple(f"llmcourse.{part}" for part in ("autograd", "models", "engine", "text", "train"))
+            )
             for name, value in vars(m).items()
             if value is original
         }
