@@ -74,7 +74,7 @@ CHAPTERS = (
     Chapter("05", "triton_kernels", "Triton kernels and layer fusion", 2, "latency", ready=True),
     Chapter("06", "streams_graphs_transfers", "Streams, CUDA graphs, transfers", 2, "latency", ready=True),
     Chapter("07", "transformer", "The transformer, built and loaded", 3, "cost", ready=True),
-    Chapter("08", "pretraining_to_rlhf", "From pre-training to RLHF", 3, "cost"),
+    Chapter("08", "pretraining_to_rlhf", "From pre-training to RLHF", 3, "cost", ready=True),
     Chapter(
         "09",
         "attention_variants",
@@ -86,7 +86,7 @@ CHAPTERS = (
     Chapter("10", "flash_attention", "FlashAttention", 3, "latency, memory", ready=True),
     Chapter("11", "subquadratic", "Sub-quadratic sequence models", 3, "latency, memory", ready=True),
     Chapter("12", "training_memory", "Training in little memory", 4, "memory, cost", ready=True),
-    Chapter("13", "distributed_training", "Distributed training", 4, "throughput, memory"),
+    Chapter("13", "distributed_training", "Distributed training", 4, "throughput, memory", ready=True),
     Chapter("14", "quantization", "Quantization", 5, "latency, memory, cost"),
     Chapter("15", "lora", "LoRA and QLoRA", 5, "memory, cost"),
     Chapter("16", "distillation", "Distillation", 5, "latency, cost"),

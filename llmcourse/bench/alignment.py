@@ -71,7 +71,7 @@ def real_plan(device: str = "cuda") -> Plan:
         task,
         task.show,
         512,
-        pairs={"prompts": 512, "samples": 6},
+        pairs={"prompts": 1024, "samples": 4},
         dpo={"steps": 100, "batch": 32, "beta": 0.1, "lr": 5e-6},
         grpo={"rounds": 80, "prompts": 16, "group": 8, "beta": 0.02, "lr": 1e-5},
     )

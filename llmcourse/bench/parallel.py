@@ -19,12 +19,27 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from llmcourse.bench.parallel_splits import (
+    PIPELINE_ON_A_CPU,
+    PIPELINE_ON_A_GPU,
+    TENSOR_ON_A_CPU,
+    TENSOR_ON_A_GPU,
+    Split,
+    dtensor_layers,
+    our_layers,
+    our_pipeline,
+    torch_pipeline,
+    whole_decoder,
+    whole_layers,
+)
 from llmcourse.bench.parallel_steps import (
     ON_A_CPU,
     ON_A_GPU,
@@ -38,10 +53,12 @@ from llmcourse.bench.parallel_steps import (
     take_turns,
     zero,
 )
+from llmcourse.bench.timing import Sample
 from llmcourse.errors import DeviceError
 from llmcourse.train.parallel.collectives import Wire, ring_all_reduce
 from llmcourse.train.parallel.demo import WAYS, Job, train, train_alone
-from llmcourse.train.parallel.launch import run_workers
+from llmcourse.train.parallel.launch import WorkerError, run_workers
+from llmcourse.train.parallel.schedule import gpipe, ideal_bubble, one_f_one_b
 from llmcourse.train.parallel.worker import WorkerContext
 
 RANKS = 2
@@ -59,6 +76,19 @@ DATA_WAYS: dict[str, tuple[str, Any]] = {
     "FSDP2, parameters kept": ("PyTorch", partial(fsdp2, reshard=False)),
 }
 
+TENSOR_WAYS: dict[str, tuple[str, Any]] = {
+    "whole": ("one process", whole_layers),
+    "columns and rows": ("ours", our_layers),
+    "DTensor": ("PyTorch", dtensor_layers),
+}
+PIPELINE_WAYS: dict[str, tuple[str, Any]] = {
+    "whole": ("one process", whole_decoder),
+    "GPipe": ("ours", partial(our_pipeline, order=gpipe)),
+    "1F1B": ("ours", partial(our_pipeline, order=one_f_one_b)),
+    "ScheduleGPipe": ("PyTorch", partial(torch_pipeline, schedule="ScheduleGPipe")),
+    "Schedule1F1B": ("PyTorch", partial(torch_pipeline, schedule="Schedule1F1B")),
+}
+
 
 def run(device: str) -> tuple[list[Row], list[str]]:
     """All rows, and what a reader must know to use them. Raises DeviceError with one GPU only."""
@@ -70,14 +100,24 @@ def run(device: str) -> tuple[list[Row], list[str]]:
         )
     backend, size = ("nccl", ON_A_GPU) if device == "cuda" else ("gloo", ON_A_CPU)
     rows: list[Row] = []
-    for section in (equality, all_reduce, data):
-        rows += run_workers(section, RANKS, size, timeout=LIMIT, backend=backend, echo=False)[0]
+    missing: list[str] = []
+    for section in (equality, all_reduce, data, tensor, pipeline):
+        try:
+            rows += run_workers(section, RANKS, size, timeout=LIMIT, backend=backend, echo=False)[0]
+        except WorkerError as error:  # the other sections took minutes of two GPUs: they are kept
+            print(f"{section.__name__} failed: {error}", file=sys.stderr)
+            missing.append(f"NOT MEASURED, it failed: {section.__name__} ({error.what.splitlines()[0]})")
+            if not rows:
+                raise
     notes = [
+        *missing,
         f"{RANKS} processes of one machine through {backend}; one process is one "
         f"{'GPU' if device == 'cuda' else 'CPU thread'}.",
         f"data: {size.n_layers} layers of width {size.d_model}, {size.dtype} weights and AdamW, "
         f"{size.batch} sequences of {size.length} tokens on each rank; steps take turns, the slowest rank's "
         "median counts.",
+        "tensor and pipeline: forward and backward without an update; efficiency is one process's time over "
+        "twice theirs; without_bubble is what a pipeline's schedule leaves of it.",
         "bytes sent a step are the least that the collectives need (a ring attains them); peak memory is "
         "above what was held before the model was built.",
     ]
@@ -165,5 +205,66 @@ def data(context: WorkerContext, size: Size) -> list[Row]:
     return rows
 
 
-def spread(sample: Any) -> Row:
+def tensor(context: WorkerContext, size: Size) -> list[Row]:
+    """A stack of layers, forward and backward: whole on one process, split by us and by DTensor."""
+    split = TENSOR_ON_A_GPU if context.device.type == "cuda" else TENSOR_ON_A_CPU
+    steps = {name: make(context, split) for name, (_, make) in TENSOR_WAYS.items()}
+    whole = steps["whole"]()
+    apart = {name: relative(step(), whole) for name, step in steps.items()}
+    samples = take_turns(context, steps, split.repeats)
+    shape = f"{split.layers} layers of width {split.width}, "
+    shape += f"{split.batch}×{split.length} tokens, {type_name(split)}"
+    return [
+        {
+            "name": f"tensor, {name}",
+            "who": who,
+            "ms": 1e3 * samples[name].median,
+            **spread(samples[name]),
+            "efficiency": share(context, samples, name),
+            "apart": apart[name],
+            "shape": shape,
+        }
+        for name, (who, _) in TENSOR_WAYS.items()
+    ]
+
+
+def pipeline(context: WorkerContext, size: Size) -> list[Row]:
+    """The decoder in stages: whole on one process, and by both schedules, ours and PyTorch's."""
+    split = PIPELINE_ON_A_GPU if context.device.type == "cuda" else PIPELINE_ON_A_CPU
+    steps = {name: make(context, split) for name, (_, make) in PIPELINE_WAYS.items()}
+    losses = {name: float(step()) for name, step in steps.items()}
+    samples = take_turns(context, steps, split.repeats)
+    shape = f"{split.layers} layers of width {split.width}, {split.micros} micro-batches of "
+    shape += f"{split.batch // split.micros}×{split.length} tokens, {type_name(split)}"
+    return [
+        {
+            "name": f"pipeline, {name}",
+            "who": who,
+            "ms": 1e3 * samples[name].median,
+            **spread(samples[name]),
+            "efficiency": share(context, samples, name),
+            "without_bubble": 1 - ideal_bubble(1 if name == "whole" else context.world_size, split.micros),
+            "apart": abs(losses[name] - losses["whole"]),
+            "shape": shape,
+        }
+        for name, (who, _) in PIPELINE_WAYS.items()
+    ]
+
+
+def share(context: WorkerContext, samples: Mapping[str, Sample], name: str) -> float:
+    """One process's time over what all ranks together spend."""
+    ranks = 1 if name == "whole" else context.world_size
+    return samples["whole"].median / (ranks * samples[name].median)
+
+
+def relative(a: Any, b: Any) -> float:
+    """The largest difference over the largest number."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def type_name(split: Split) -> str:
+    return str(split.dtype).removeprefix("torch.")
+
+
+def spread(sample: Sample) -> Row:
     return {"low_ms": 1e3 * sample.low, "high_ms": 1e3 * sample.high, "count": sample.count}

@@ -1,13 +1,16 @@
 """A decoder split over the ranks: inside its layers (tensor parallel) or between them (pipeline).
 
 The whole on one process, PyTorch's split of it (DTensor's plan, `torch.distributed.pipelining`) and ours, in
-turn. What is split is written out here in plain PyTorch, so that all three do the same arithmetic.
+turn, all three on the same modules: for the first a stack of layers in plain PyTorch, for the second the
+course's `Transformer`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmcourse.bench.parallel_steps import drawn
+from llmcourse.models import ModelConfig, Transformer
+from llmcourse.train.parallel.collectives import Wire
+from llmcourse.train.parallel.pipeline import Pipeline, asked_loss, cut
+from llmcourse.train.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from llmcourse.train.parallel.worker import WorkerContext
+from llmcourse.train.tasks import Batch
 
 Step = Callable[[], object]
 
@@ -42,28 +51,39 @@ PIPELINE_ON_A_CPU = Split(64, 4, 16, 96, 8, 32, 4, torch.float32)
 
 
 class Layer(nn.Module):
-    """Causal attention and a feed-forward part, each after a norm. Heads are as many as the weights make."""
+    """Causal attention and a feed-forward part, each after a norm. Heads are as many as the weights make.
+
+    The rows of `qkv` are q, k and v of the first head, then of the second …: a part of them is whole heads.
+    """
 
     def __init__(self, size: Split) -> None:
         super().__init__()
         width, self.head_dim = size.width, size.head_dim
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.qkv, self.o = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        heads = self.qkv(self.norm1(x)).unflatten(-1, (-1, 3, self.head_dim)).transpose(1, 3)
+        q, k, v = heads.unbind(1)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-def stack(size: Split, device: torch.device) -> nn.Sequential:
-    """The layers, the same weights on every rank."""
+COLUMNS, ROWS = ("qkv", "up"), ("o", "down")
+
+
+@cache
+def drawn_layers(size: Split, device: torch.device) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(*(Layer(size) for _ in range(size.layers))).to(device, size.dtype)
+
+
+def stack(size: Split, device: torch.device) -> nn.Sequential:
+    """The layers, new, with the same weights each time and on every rank."""
+    return copy.deepcopy(drawn_layers(size, device))
 
 
 def hidden(size: Split, device: torch.device) -> Tensor:
@@ -100,49 +120,61 @@ def dtensor_layers(context: WorkerContext, size: Split) -> Step:
 
     model = stack(size, context.device)
     mesh = init_device_mesh(context.device.type, (context.world_size,))
-    plan: dict[str, Any] = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
-    plan |= {name: RowwiseParallel() for name in ("o", "down")}
+    plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS}
+    plan |= {name: RowwiseParallel() for name in ROWS}
     for layer in model:
         parallelize_module(layer, mesh, plan)
+    return forward_backward(model, hidden(size, context.device))
+
+
+def our_layers(context: WorkerContext, size: Split) -> Step:
+    """The same split by ColumnParallelLinear and RowParallelLinear."""
+    model, wire = stack(size, context.device), Wire()
+    for layer in model:
+        for name in COLUMNS:
+            setattr(layer, name, ColumnParallelLinear(getattr(layer, name), wire))
+        for name in ROWS:
+            setattr(layer, name, RowParallelLinear(getattr(layer, name), wire))
     return forward_backward(model, hidden(size, context.device))
 
 
 # ------------------------------------------------------------------------------------------ between layers
 
 
-def stages(size: Split, count: int, device: torch.device) -> list[nn.Sequential]:
-    """The decoder cut into `count` parts of as many layers: tokens into the first, logits out of the last."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers: list[nn.Module] = [Layer(size) for _ in range(size.layers)]
-        first: nn.Module = nn.Embedding(size.vocab_size, size.width)
-        last: nn.Module = nn.Linear(size.width, size.vocab_size, bias=False)
-    each = size.layers // count
-    parts = [layers[i * each : (i + 1) * each] for i in range(count)]
-    parts[0], parts[-1] = [first, *parts[0]], [*parts[-1], last]
-    return [nn.Sequential(*part).to(device, size.dtype) for part in parts]
+def decoder(size: Split, device: torch.device) -> Transformer:
+    """The course's model, new, with the same weights each time and on every rank."""
+    heads = size.width // size.head_dim
+    config = ModelConfig(
+        vocab_size=size.vocab_size,
+        d_model=size.width,
+        n_layers=size.layers,
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=size.head_dim,
+        d_ff=4 * size.width,
+    )
+    return copy.deepcopy(drawn(config, device, size.dtype))
 
 
-def tokens(size: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [batch, length]."""
+def tokens(size: Split, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, size.vocab_size, (size.batch, size.length + 1), generator=generator).to(device)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    return Batch((ids[:, :-1].contiguous(),), ids[:, 1:].contiguous())
 
 
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return asked_loss(logits, targets) / targets.numel()
 
 
 def whole_decoder(context: WorkerContext, size: Split) -> Step:
     """All micro-batches one after the other on one process, gradients added up."""
-    model = nn.Sequential(*stages(size, context.world_size, context.device))
-    inputs, targets = tokens(size, context.device)
+    model, batch = decoder(size, context.device), tokens(size, context.device)
 
     def step() -> Tensor:
         total = torch.zeros((), device=context.device)
-        for x, y in zip(inputs.chunk(size.micros), targets.chunk(size.micros), strict=True):
-            loss = loss_of(model(x), y) / size.micros
+        pieces = zip(batch.inputs[0].chunk(size.micros), batch.targets.chunk(size.micros), strict=True)
+        for x, y in pieces:
+            loss = mean_loss(model(x), y) / size.micros
             loss.backward()
             total += loss.detach()
         model.zero_grad()
@@ -151,32 +183,34 @@ def whole_decoder(context: WorkerContext, size: Split) -> Step:
     return step
 
 
+def our_pipeline(context: WorkerContext, size: Split, *, order: Callable[[int, int], Any]) -> Step:
+    """Each rank a stage, worked through in the given order."""
+    stage = cut(decoder(size, context.device), context.rank, context.world_size)
+    pipeline = Pipeline(stage, order(context.world_size, size.micros))
+    batch = tokens(size, context.device)
+    return lambda: pipeline.step(batch)
+
+
 def torch_pipeline(context: WorkerContext, size: Split, *, schedule: str) -> Step:
-    """`torch.distributed.pipelining` with the same stages. The last rank's step returns the loss."""
+    """`torch.distributed.pipelining` with the same stages."""
     from torch.distributed import pipelining
 
     rank, count = context.rank, context.world_size
-    module = stages(size, count, context.device)[rank]
+    module, batch = cut(decoder(size, context.device), rank, count), tokens(size, context.device)
     stage = pipelining.PipelineStage(module, rank, count, context.device)
-    plan = getattr(pipelining, schedule)(stage, size.micros, loss_fn=loss_of)
-    inputs, targets = tokens(size, context.device)
+    plan = getattr(pipelining, schedule)(stage, size.micros, loss_fn=mean_loss)
 
-    def step() -> Tensor | None:
+    def step() -> Tensor:
         losses: list[Tensor] = []
         if rank == 0:
-            plan.step(inputs)
+            plan.step(batch.inputs[0])
         elif rank == count - 1:
-            plan.step(target=targets, losses=losses)
+            plan.step(target=batch.targets, losses=losses)
         else:
             plan.step()
         module.zero_grad()
-        return torch.stack(losses).mean().detach() if losses else None
+        mean = torch.stack(losses).mean().detach() if losses else torch.zeros((), device=context.device)
+        dist.broadcast(mean, count - 1)
+        return mean
 
     return step
-
-
-def from_last(context: WorkerContext, value: Tensor | None) -> float:
-    """The last rank's number, on every rank."""
-    shared = torch.zeros((), device=context.device) if value is None else value.detach().float().clone()
-    dist.broadcast(shared, context.world_size - 1)
-    return shared.item()

@@ -6,9 +6,11 @@ A `Stepper` is one way of training, set up and ready. `take_turns` times a step 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,13 +63,20 @@ class Size:
         )
 
     def model(self, device: torch.device) -> Transformer:
-        return build(Transformer, self.config(), seed=0).to(device, self.type)
+        """A new one, with the same weights each time."""
+        return copy.deepcopy(drawn(self.config(), device, self.type))
 
     def data(self, device: torch.device, rank: int) -> Batch:
         generator = torch.Generator().manual_seed(rank)
         shape = (self.batch, self.length + 1)
         ids = torch.randint(0, self.vocab_size, shape, generator=generator).to(device)
         return Batch((ids[:, :-1],), ids[:, 1:])
+
+
+@cache
+def drawn(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Weights from a seed, drawn once for all ways of training: a billion take ten seconds."""
+    return build(Transformer, config, seed=0).to(device, dtype)
 
 
 ON_A_GPU = Size(1024, 24, 64, 32_000, 8, 1024, repeats=20, dtype="bfloat16")

@@ -41,7 +41,7 @@ for _point in (
         ("policy", "reference", "mask", "beta"),
         "tensor",
         "DPO's loss of log-probabilities [2, B, T], the chosen answers first: one number.",
-        (f"{ALIGNMENT}.dpo:dpo_loss",),
+        (f"{ALIGNMENT}:dpo_loss", f"{ALIGNMENT}.dpo:dpo_loss"),
         _loss,
     ),
     Point(
@@ -49,7 +49,7 @@ for _point in (
         ("policy", "old", "advantages", "mask", "clip"),
         "tensor",
         "Minus PPO's mean clipped gain over the tokens of the mask, all [N, T]: one number.",
-        (f"{ALIGNMENT}.ppo:ppo_objective",),
+        (f"{ALIGNMENT}:ppo_objective", f"{ALIGNMENT}.ppo:ppo_objective"),
         _loss,
     ),
 ):

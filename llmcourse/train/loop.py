@@ -107,7 +107,8 @@ class Trainer:
     ) -> None:
         self.model, self.data, self.optimizer = model, data, optimizer
         self.schedule, self.rows, self.precision, self.clip = schedule, rows, precision, clip
-        self.held_out, self.forward, self.also = held_out, forward or model, also or {}
+        self.held_out, self.also = held_out, also or {}
+        self.forward = model if forward is None else forward  # a compiled module has no truth value
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise GraphError(
@@ -266,9 +267,7 @@ def _bar(steps: int, done: int, shown: bool | TextIO) -> Any:
         return _NoBar()
     file = None if isinstance(shown, bool) else shown
     hidden = shown is False
-    return tqdm(
-        total=steps, initial=done, disable=hidden, file=file, unit="step", ncols=100, mininterval=0.5
-    )
+    return tqdm(total=steps, initial=done, disable=hidden, file=file, unit="step", ncols=100, mininterval=0.5)
 
 
 class _NoBar(nullcontext[None]):

@@ -26,11 +26,11 @@ from llmcourse.bench.records import Record, recorded
 from llmcourse.errors import UnknownNameError
 from llmcourse.models import ModelConfig, Transformer
 from llmcourse.text.bpe import BPE
+from llmcourse.train import schedules
 from llmcourse.train.fit import build
 from llmcourse.train.loop import Trainer
 from llmcourse.train.optim import decay_groups
 from llmcourse.train.precision import PRECISIONS
-from llmcourse.train.schedules import cosine
 from llmcourse.train.sft import CHATML
 from llmcourse.train.stream import TokenStream
 
@@ -146,7 +146,7 @@ def trainer_of(
         model,
         stream(data.train, seed=plan.seed),
         optimizer,
-        schedule=lambda step: cosine(step, plan.steps, warmup=plan.warmup, floor=0.1),
+        schedule=lambda step: schedules.cosine(step, plan.steps, warmup=plan.warmup, floor=0.1),
         precision=PRECISIONS[plan.precision],
         held_out=tuple(islice(stream(data.held_out, seed=10**6), tests)),
         forward=forward(model) if forward else None,

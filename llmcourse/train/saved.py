@@ -15,6 +15,7 @@ are counted apart.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,18 +71,20 @@ def saved_tensors(*given: nn.Module | Tensor) -> Iterator[Saved]:
 
     given   modules and tensors that are in memory anyway: what is kept of them goes to `given_bytes`
 
-    Tensors kept inside hooks that the block itself sets (offload, torch's non-reentrant checkpoint) go to
-    those hooks and are not seen here. torch's check that nothing kept is overwritten is off inside.
+    What a backward pass inside the `with` computes and keeps again is added. Tensors kept inside hooks
+    that the block itself sets (offload, torch's non-reentrant checkpoint) go to those hooks and are not
+    seen here. torch's check that nothing kept is overwritten is off inside.
     """
     saved = Saved()
     known = {_key(t) for t in _tensors(given)}
-    seen: dict[int, Tensor] = {}  # held, so that no address is given out twice
+    # Not held: that would keep alive what a recomputed piece keeps in passing. So an address can come again.
+    seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         saved.calls += 1
         key = _key(tensor)
-        if key not in seen:
-            seen[key] = tensor.detach()
+        if key not in seen or seen[key]() is None:
+            seen[key] = weakref.ref(tensor.untyped_storage())
             nbytes = tensor.untyped_storage().nbytes()
             if key in known:
                 saved.given_bytes += nbytes
@@ -90,11 +93,8 @@ def saved_tensors(*given: nn.Module | Tensor) -> Iterator[Saved]:
                 saved.tensors.append(Kept(tuple(tensor.shape), tensor.dtype, nbytes, maker))
         return tensor.detach()  # an operation that keeps its own output would keep itself alive
 
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield saved
-    finally:
-        seen.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
 
 
 def _tensors(given: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ bubble; below are the bubble for every number of micro-batches and what each sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as W
 
@@ -23,9 +23,9 @@ COLOURS = {"F": "#8EC6EA", "B": "#F0B76B", "idle": "#E4E4E4"}
 LINES = {"GPipe": "#7B3294", "1F1B": "#117733"}
 MICROS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CAPTION = (
-    "Choose a schedule and move the sliders with the arrow keys: hatched is idle. More micro-batches shrink the "
-    "bubble under both schedules; what a stage keeps grows with them under GPipe only. A hand-over that takes "
-    "time costs 1F1B more: after each forward it waits for an answer."
+    "Choose a schedule and move the sliders with the arrow keys: hatched is idle. More micro-batches shrink "
+    "the bubble under both schedules; what a stage keeps grows with them under GPipe only. A hand-over that "
+    "takes time costs 1F1B more: after each forward it waits for an answer."
 )
 
 
@@ -40,26 +40,18 @@ def draw_on(ax: Axes, timeline: Timeline, until: float | None = None) -> None:
     until   end of the axis, counted from the timeline's start; its makespan unless given
     """
     begin, until = timeline.start, timeline.makespan if until is None else until
-    named = timeline.micros * timeline.makespan / max(until, 1e-30) <= 40
     for stage in range(timeline.stages):
-        for start, end in timeline.idle(stage):
-            ax.barh(
-                stage,
-                end - start,
-                left=start - begin,
-                height=0.86,
-                color=COLOURS["idle"],
-                hatch="////",
-                edgecolor="#BBBBBB",
-                linewidth=0,
-            )
-        for s in timeline.of(stage):
-            width, left = s.end - s.start, s.start - begin
-            ax.barh(
-                stage, width, left=left, height=0.86, color=COLOURS[s.kind], edgecolor="white", linewidth=0.5
-            )
-            if named and width > until / 60:
-                ax.text(left + width / 2, stage, str(s.micro), ha="center", va="center", fontsize=7)
+        lane, line = (stage - 0.43, 0.86), timeline.of(stage)
+        idle = [(start - begin, end - start) for start, end in timeline.idle(stage)]
+        look: dict[str, Any] = {"hatch": "////", "edgecolor": "#BBBBBB", "linewidth": 0}
+        ax.broken_barh(idle, lane, facecolor=COLOURS["idle"], **look)
+        for kind in ("F", "B"):  # all bars of a lane and colour as one: there may be hundreds
+            bars = [(s.start - begin, s.end - s.start) for s in line if s.kind == kind]
+            ax.broken_barh(bars, lane, facecolor=COLOURS[kind], edgecolor="white", linewidth=0.5)
+        for s in line:
+            if s.end - s.start > until / 45:  # room for a number
+                middle = (s.start + s.end) / 2 - begin
+                ax.text(middle, stage, str(s.micro), ha="center", va="center", fontsize=7)
     ax.set_yticks(range(timeline.stages), [f"stage {s}" for s in range(timeline.stages)], fontsize=8)
     ax.set(xlim=(0, until or 1), ylim=(timeline.stages - 0.5, -0.5))
     ax.tick_params(axis="x", labelsize=8)
@@ -153,7 +145,9 @@ def _memory(ax: Axes, stages: int, micros: int, backward: float, send: float) ->
     for i, (name, colour) in enumerate(LINES.items()):
         timeline = run(name, stages, micros, backward, send)
         at = [s + 0.4 * i - 0.2 for s in range(stages)]
-        bars = ax.bar(at, [timeline.peak(s) for s in range(stages)], 0.36, color=colour, alpha=0.8, label=name)
+        bars = ax.bar(
+            at, [timeline.peak(s) for s in range(stages)], 0.36, color=colour, alpha=0.8, label=name
+        )
         ax.bar_label(bars, fontsize=7)
     ax.set_xticks(range(stages), [str(s) for s in range(stages)], fontsize=8)
     ax.set_xlabel("stage", fontsize=8)

@@ -1,4 +1,4 @@
-"""The explorables of chapters 03 and 07 to 11 in JupyterLab: every control, by keyboard and by mouse.
+"""The explorables of chapters 02, 03 and 07 to 11 in JupyterLab: every control, by keyboard and by mouse.
 
 Beside the page, the test holds an explorable of its own. What a control says on the page is given to that
 one, and the two pictures must then be the same, byte for byte: a control that is stuck, a picture that lags
@@ -27,6 +27,9 @@ shown = roofline_explorer({"saxpy": (2e6, 12e6), "product": (2e9, 1e6)})""",
     "kv_cache": """
 from llmcourse.widgets.kv_cache import kv_cache_explorer
 shown = kv_cache_explorer("Llama-3-8B", "A100 80GB", context=4096)""",
+    "optimizer_path": """
+from llmcourse.widgets.optimizer_path import optimizer_path
+shown = optimizer_path(optimizer="momentum")""",
     "modal_filter": """
 from llmcourse.widgets.modal_filter import pole_explorer
 shown = pole_explorer()""",

@@ -249,3 +249,18 @@ def test_a_storage_that_is_changed_and_kept_again_leaves_again():
 def test_a_negative_size_is_refused():
     with pytest.raises(ShapeError, match="least"), offload(least=-1):
         pass
+
+
+def test_counting_keeps_nothing_alive():
+    model = build(Transformer, CONFIG, seed=1)
+    net, alive = Checkpointed(model, 1), []
+    for counted in (False, True):
+        with counter("largest_intermediate")() as count:
+            if counted:
+                with saved_tensors(model):
+                    net.features(TOKENS).sum().backward()
+            else:
+                net.features(TOKENS).sum().backward()
+        model.zero_grad()
+        alive.append(count.values["peak_bytes"])
+    assert alive[1] == alive[0]

@@ -171,7 +171,7 @@ def test_mfu_is_work_over_peak_and_unknown_layers_are_refused():
 # ── from text to a model ─────────────────────────────────────────────────────────────────────────
 
 TINY = Plan(
-    plays=1, vocab_size=300, width=32, layers=1, heads=2, d_ff=64, length=32, batch=8, steps=40, lr=1e-2
+    plays=1, vocab_size=300, width=32, layers=1, heads=2, d_ff=64, length=32, batch=8, steps=80, lr=1e-2
 )
 
 
@@ -214,6 +214,16 @@ def test_a_compiled_forward_shares_the_weights_that_are_trained(text):
     other.run(3, progress=False)
     assert len(calls) == 3
     assert plain.curve.loss == other.curve.loss
+
+
+def test_torch_compile_traces_the_whole_model_and_the_loop_takes_its_module(text):
+    def traced(model):
+        return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    plain, other = trainer_of(TINY, text, tests=1), trainer_of(TINY, text, tests=1, forward=traced)
+    plain.run(2, progress=False)
+    other.run(2, progress=False)
+    assert other.curve.loss == pytest.approx(plain.curve.loss, rel=1e-5)
 
 
 def test_the_program_goes_on_where_it_was(tmp_path):

@@ -35,3 +35,12 @@ def test_one_gpu_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(DeviceError, match="this machine has 1 GPU"):
         parallel.run("cuda")
+
+
+def test_splits_compute_what_the_whole_does() -> None:
+    rows = run_workers(parallel.tensor, 2, TINY, timeout=100, echo=False)[0]
+    rows += run_workers(parallel.pipeline, 2, TINY, timeout=100, echo=False)[0]
+    assert {row["who"] for row in rows} == {"one process", "ours", "PyTorch"}
+    assert len(rows) == len(parallel.TENSOR_WAYS) + len(parallel.PIPELINE_WAYS)
+    assert all(row["apart"] < 1e-5 and row["efficiency"] > 0 for row in rows)
+    assert {row["without_bubble"] for row in rows if "without_bubble" in row} == {1, 4 / 5}

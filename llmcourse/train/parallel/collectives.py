@@ -52,6 +52,7 @@ class Wire:
     calls        how often each was called, by name
     bytes_sent   bytes that this rank sends, by name (the least that the collective needs)
     sequence     every call in order
+    averages     whether the back end can average while it sums (NCCL)
 
     Tensors must be contiguous, of the same shape and type on all ranks. Ranks are those of the group.
     """

@@ -148,7 +148,7 @@ class _Run:
             "timeout": self.timeout,
             "port": port,
             "cwd": os.getcwd(),
-            "path": sys.path,
+            "path": [str(entry) for entry in sys.path],
             "environment": environment,
         }
         write_whole(self.folder / "spec.json", json.dumps(spec), 0o600)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,8 @@ class Stage(nn.Module):
         """The weight of which the other end has a copy: a tied embedding, where there are several stages."""
         if not self.config.tie_embeddings or self.first == self.last:
             return None
-        return self.embedding.weight if self.embedding is not None else self.head.weight  # type: ignore[union-attr]
+        end = self.embedding if self.embedding is not None else self.head
+        return None if end is None else cast(nn.Parameter, end.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
@@ -115,6 +116,9 @@ class Borders:
                 self.to_next, self.from_next = Wire(down), Wire(up)
             elif rank == left + 1:
                 self.from_previous, self.to_previous = Wire(down), Wire(up)
+            if rank in (left, left + 1):
+                _connect(down, sends=rank == left)
+                _connect(up, sends=rank == left + 1)
         ends = dist.new_group([0, stages - 1]) if stages > 1 else None
         self.ends = Wire(ends) if ends is not None and rank in (0, stages - 1) else None
         self.everyone = Wire()
@@ -123,6 +127,20 @@ class Borders:
     def wires(self) -> dict[str, Wire]:
         """The wires that there are, by name."""
         return {name: wire for name, wire in vars(self).items() if isinstance(wire, Wire)}
+
+
+def _connect(pair: dist.ProcessGroup, *, sends: bool) -> None:
+    """A first message between two ranks, in an order that all agree on.
+
+    NCCL connects at the first message, and then the calls of both ranks wait for each other; were that to
+    happen in the midst of a step, a receive that is only asked for ahead would hold up the rank it is from.
+    """
+    device = torch.cuda.current_device() if dist.get_backend(pair) == "nccl" else "cpu"
+    message = torch.zeros(1, device=device)
+    if sends:
+        dist.send(message, group=pair, group_dst=int(dist.get_rank(pair) == 0))
+    else:
+        dist.recv(message, group=pair, group_src=int(dist.get_rank(pair) == 0))
 
 
 def asked_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -220,7 +238,7 @@ class Pipeline:
         return run.finish()
 
     def timeline(self) -> Timeline:
-        """What all stages did in the last recorded step, in seconds; the same on every rank, called by all."""
+        """What all stages did in the last recorded step, in seconds: on each rank. All must call it."""
         spans: list[list[Span]] = [[] for _ in range(self.stages)]
         dist.all_gather_object(spans, self.spans)
         together = sorted((Span(*s) for line in spans for s in line), key=lambda s: (s.start, s.stage))

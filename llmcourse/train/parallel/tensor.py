@@ -13,9 +13,9 @@ costs two all-reduces forward and two backward, each of B·S·E numbers:
     column     nothing: x is on all ranks       all-reduce of x's gradient: each rank knows a part of it
     row        all-reduce of the partial sums   nothing: the output's gradient is on all ranks
 
-Everything else (embedding, norms, head) is whole on every rank, sees the same numbers there, and so keeps the
-same weights without being told. The exception is a norm *inside* a head (`qk_norm`): each rank's heads give it
-another gradient, which is summed.
+Everything else (embedding, norms, head) is whole on every rank, sees the same numbers there, and so keeps
+the same weights without being told. The exception is a norm *inside* a head (`qk_norm`): each rank's heads
+give it another gradient, which is summed.
 
 `parallelize(model, wire)` turns a `Transformer` of this course into its share. The sums need all ranks twice
 in each block, so this pays inside one machine, on its fast links.

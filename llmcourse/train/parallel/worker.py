@@ -140,7 +140,8 @@ def pickled(value: object) -> bytes:
 def report(path: Path, error: BaseException) -> None:
     """Write type, text, the frames from the caller's function on, and the time of an error."""
     frames = traceback.extract_tb(error.__traceback__)
-    frames = traceback.StackSummary.from_list([f for f in frames if f.filename != __file__] or list(frames))
+    inside = f"{os.sep}torch{os.sep}"  # of PyTorch's own frames, where it was raised will do
+    shown = [f for f in frames[:-1] if f.filename != __file__ and inside not in f.filename] + frames[-1:]
     try:
         original: bytes | None = pickled(error)
     except Exception:
@@ -148,7 +149,7 @@ def report(path: Path, error: BaseException) -> None:
     record = {
         "kind": type(error).__name__,
         "text": str(error),
-        "frames": "".join(frames.format()),
+        "frames": "".join(traceback.format_list(shown)),
         "at": time.time(),
     }
     write_whole(path, pickle.dumps(record | {"original": original}), 0o600)

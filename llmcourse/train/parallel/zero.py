@@ -108,12 +108,13 @@ class Unit:
             self.gathering, self.present = None, True
 
     def drop(self) -> None:
-        """Free the whole parameters. What autograd saved for backward are views of the same memory: they
-        become valid again when it is gathered again."""
+        """Free the whole parameters, where they are sharded and there. What autograd saved for backward are
+        views of the same memory: they become valid again when it is gathered again."""
         if self.gathering is not None:
             self.gather()  # nothing may still be written into what is freed
-        self.flat.untyped_storage().resize_(0)
-        self.present = False
+        if self.sharded:
+            self.flat.untyped_storage().resize_(0)
+        self.present = not self.sharded
 
     gathering: Work | None
 
@@ -287,8 +288,7 @@ class Zero:
             begun = 0 < len(unit.missing) < len(unit.parameters)  # some parameters took no part in the loss
             if self.stage == 1 or begun or (unit.gradient is None and not self._is_reducing(unit)):
                 self._reduce(unit)
-                if unit.sharded and unit.present:
-                    unit.drop()
+            unit.drop()  # what was gathered, and took no part in the backward pass
         self._finish_reducing()
         if clip is not None:
             self._clip(clip)
