@@ -97,7 +97,7 @@ def trained(name: str, seed: int, device: str) -> list[Row]:
     text = Text.shakespeare()
     base = text_config(text.vocab_size, small=small)
     config = equal_parameters(base, text_variants(base.head_dim))[name]
-    steps, batch, length = (6, 4, 32) if small else (600, 64, 256)
+    steps, batch, length = (6, 4, 32) if small else (400, 64, 256)
     held = text.batches(batch=batch, length=length, seed=10**6, held_out=True, device=device)
     test = list(islice(held, 2 if small else 16))
     with _tf32():
