@@ -290,10 +290,9 @@ def _three_launches(
     def call() -> Tensor:
         nope, rope = layer.queries(x, step)
         held = state.extend(layer.compress(x, step), step)
-        q = torch.cat((nope @ up_k, rope), dim=-1)[:, :, 0]  # [B, H, kv_rank + rope]
+        q = torch.cat((torch.einsum("bhsn,hnr->bhsr", nope, up_k), rope), dim=-1)[:, :, 0]
         scores = torch.softmax(q @ held.transpose(1, 2) * layer.scale, dim=-1, dtype=torch.float32)
         mixed = scores.to(q.dtype) @ held[..., : sizes.kv_rank]
-        heads_out = mixed[:, :, None] @ up_v.transpose(1, 2)
-        return layer.out(heads_out.transpose(1, 2).flatten(2))
+        return layer.out(torch.einsum("bhr,hvr->bhv", mixed, up_v).flatten(1)[:, None])
 
     return call

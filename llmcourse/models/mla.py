@@ -126,10 +126,11 @@ class LatentAttention(nn.Module):
         """All heads attend to the latent itself, which is key and value at once. [B, H, S, v]"""
         weight = self.kv_up.weight.view(self.n_heads, -1, self.sizes.kv_rank)
         up_k, up_v = weight.split([self.sizes.nope_dim, self.sizes.v_dim], dim=1)
-        q = torch.cat((nope @ up_k, rope), dim=-1)  # [B, H, S, kv_rank + rope]
+        # Not `nope @ up_k`, for which PyTorch copies the weights for every sequence of the batch.
+        q = torch.cat((torch.einsum("bhsn,hnr->bhsr", nope, up_k), rope), dim=-1)
         key = latent[:, None]
         mixed = attend(q, key, key[..., : self.sizes.kv_rank], step, self.scale)
-        return mixed @ up_v.transpose(1, 2)
+        return torch.einsum("bhsr,hvr->bhsv", mixed, up_v)
 
 
 def latent_sizes(config: ModelConfig) -> LatentSizes:
