@@ -189,9 +189,14 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_workers(fail, 2, "sleeps", tmp_path, timeout=60, echo=False)
+    # A background job of a shell inherits that interrupts are ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_workers(fail, 2, "sleeps", tmp_path, timeout=60, echo=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert gone(processes(tmp_path, ranks=2))
 
 
