@@ -126,7 +126,10 @@ def ring_at_work(ring_all_reduce: Function, world_size: int = 3) -> Table:
         for rank, (losses, sent) in enumerate(results)
     ]
     least = 2 * (world_size - 1) / world_size * 4 * weights
-    note = f"one process: {alone[0]:.4f} → {alone[-1]:.4f}; a ring must send {least:,.0f} bytes a step"
+    note = (
+        f"ring_all_reduce summed the gradients of {world_size} workers; one process: {alone[0]:.4f} → "
+        f"{alone[-1]:.4f}; a ring must send {least:,.0f} bytes a step"
+    )
     return Table(["worker", "loss", "from one process", "bytes sent a step"], rows, note)
 
 
@@ -228,7 +231,7 @@ def layer_at_work(parallel_linear: Function, world_size: int = 2) -> Table:
         (rank, f"{losses[0]:.4f} → {losses[-1]:.4f}", f"{apart(losses, alone):.0e}")
         for rank, losses in enumerate(results)
     ]
-    note = f"one process: {alone[0]:.4f} → {alone[-1]:.4f}"
+    note = f"parallel_linear was every layer; one process: {alone[0]:.4f} → {alone[-1]:.4f}"
     return Table(["worker", "loss", "from one process"], rows, note)
 
 
@@ -262,7 +265,10 @@ def pipeline_at_work(one_f_one_b: Function, stages: int = 2, micros: int = 6) ->
     results = at_work(train_staged, stages, job, order, (0.01, 0.02))
     rows = [(f"{s}", peak, f"{apart(losses, alone):.0e}") for s, (losses, peak, _) in enumerate(results)]
     measured, ideal = results[0][2].bubble, ideal_bubble(stages, micros)
-    note = f"idle {measured:.0%} of the time, measured; (p − 1) / (m + p − 1) = {ideal:.0%}"
+    note = (
+        f"in the order of one_f_one_b: idle {measured:.0%} of the time, measured; "
+        f"(p − 1) / (m + p − 1) = {ideal:.0%}"
+    )
     return Table(["stage", "micro-batches held", "loss from one process"], rows, note)
 
 
@@ -309,4 +315,5 @@ def top_k_at_work(top_k_error_feedback: Function, world_size: int = 2, steps: in
     ):
         losses, sent = at_work(train_top_k, world_size, job, fn, share, timeout=120)[0]
         rows.append((name, sum(losses[-10:]) / 10, sent))
-    return Table(["sent of each gradient", "loss, last 10 steps", "bytes sent a step"], rows)
+    note = "top_k_error_feedback chose what is sent, in all rows but the first"
+    return Table(["sent of each gradient", "loss, last 10 steps", "bytes sent a step"], rows, note)
