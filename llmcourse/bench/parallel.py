@@ -34,6 +34,7 @@ from llmcourse.bench.parallel_splits import (
     TENSOR_ON_A_GPU,
     Split,
     dtensor_layers,
+    our_blocks,
     our_layers,
     our_pipeline,
     torch_pipeline,
@@ -79,6 +80,8 @@ DATA_WAYS: dict[str, tuple[str, Any]] = {
 TENSOR_WAYS: dict[str, tuple[str, Any]] = {
     "whole": ("one process", whole_layers),
     "columns and rows": ("ours", our_layers),
+    "columns and rows, no overlap": ("ours", partial(our_layers, overlap=False)),
+    "parallelize": ("ours", our_blocks),
     "DTensor": ("PyTorch", dtensor_layers),
 }
 PIPELINE_WAYS: dict[str, tuple[str, Any]] = {
@@ -116,6 +119,8 @@ def run(device: str) -> tuple[list[Row], list[str]]:
         f"data: {size.n_layers} layers of width {size.d_model}, {size.dtype} weights and AdamW, "
         f"{size.batch} sequences of {size.length} tokens on each rank; steps take turns, the slowest rank's "
         "median counts.",
+        "tensor: DTensor and columns and rows cut the same layers; parallelize cuts the course's own blocks "
+        "with the same weights, where q, k and v are stacked.",
         "tensor and pipeline: forward and backward without an update; efficiency is one process's time over "
         "twice theirs; without_bubble is what a pipeline's schedule leaves of it.",
         "bytes sent a step are the least that the collectives need (a ring attains them); peak memory is "

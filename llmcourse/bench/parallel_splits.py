@@ -1,8 +1,18 @@
 """A decoder split over the ranks: inside its layers (tensor parallel) or between them (pipeline).
 
 The whole on one process, PyTorch's split of it (DTensor's plan, `torch.distributed.pipelining`) and ours, in
-turn, all three on the same modules: for the first a stack of layers in plain PyTorch, for the second the
-course's `Transformer`.
+turn. Between layers all work on the same modules, the course's `Transformer`. Inside them on these:
+
+    whole, DTensor, columns and rows
+        `Layer`, plain PyTorch. Its q, k and v lie together head by head, so that a piece of the rows is whole
+        heads: what DTensor's ColwiseParallel can cut. Ours sends the gradient of x while that of the weight
+        is computed (`no overlap`: it waits first)
+    parallelize
+        the course's own blocks with the same weights. There q, k and v of all heads are stacked, and each of
+        the three is cut (`sections`)
+
+The order of rows is all that differs: each computes the same numbers, with two sums over the ranks a layer
+forward and two backward.
 """
 
 from __future__ import annotations
@@ -20,9 +30,10 @@ from torch import Tensor, nn
 
 from llmcourse.bench.parallel_steps import drawn
 from llmcourse.models import ModelConfig, Transformer
+from llmcourse.models.step import Step as Pass
 from llmcourse.train.parallel.collectives import Wire
 from llmcourse.train.parallel.pipeline import Pipeline, asked_loss, cut
-from llmcourse.train.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from llmcourse.train.parallel.tensor import ColumnParallelLinear, RowParallelLinear, parallelize
 from llmcourse.train.parallel.worker import WorkerContext
 from llmcourse.train.tasks import Batch
 
@@ -127,15 +138,51 @@ def dtensor_layers(context: WorkerContext, size: Split) -> Step:
     return forward_backward(model, hidden(size, context.device))
 
 
-def our_layers(context: WorkerContext, size: Split) -> Step:
+def our_layers(context: WorkerContext, size: Split, *, overlap: bool = True) -> Step:
     """The same split by ColumnParallelLinear and RowParallelLinear."""
     model, wire = stack(size, context.device), Wire()
     for layer in model:
         for name in COLUMNS:
-            setattr(layer, name, ColumnParallelLinear(getattr(layer, name), wire))
+            setattr(layer, name, ColumnParallelLinear(getattr(layer, name), wire, overlap=overlap))
         for name in ROWS:
             setattr(layer, name, RowParallelLinear(getattr(layer, name), wire))
     return forward_backward(model, hidden(size, context.device))
+
+
+class Blocks(nn.Module):
+    """The blocks of a decoder without its embedding and head: x [B, S, E] → [B, S, E]."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.blocks = model.blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        at = Pass(torch.arange(length, device=x.device).expand(len(x), -1), 0, length, causal=length > 1)
+        for block in self.blocks:
+            x = block(x, at, None)
+        return x
+
+
+def our_blocks(context: WorkerContext, size: Split) -> Step:
+    """The course's model with the layers' weights, split by `parallelize`."""
+    model = with_weights_of(stack(size, context.device), size)
+    return forward_backward(Blocks(parallelize(model, Wire())), hidden(size, context.device))
+
+
+def with_weights_of(layers: nn.Sequential, size: Split) -> Transformer:
+    """A decoder of the course whose blocks compute what these layers do."""
+    config = decoder_config(size, vocab_size=2, position="none", norm="layer", mlp="gelu")
+    theirs, ours = layers.state_dict(), dict[str, Tensor]()
+    for i in range(size.layers):
+        by_head = theirs[f"{i}.qkv.weight"].unflatten(0, (-1, 3, size.head_dim))
+        ours[f"blocks.{i}.mixer.qkv.weight"] = by_head.transpose(0, 1).flatten(0, 2)
+        for name, theirs_is in (("mixer.out", "o"), ("mlp.up", "up"), ("mlp.down", "down")):
+            ours[f"blocks.{i}.{name}.weight"] = theirs[f"{i}.{theirs_is}.weight"]
+    any_weight = next(layers.parameters())
+    model = Transformer(config).to(any_weight.device, any_weight.dtype)
+    model.load_state_dict(ours, strict=False)  # the norms of both are as they are made
+    return model
 
 
 # ------------------------------------------------------------------------------------------ between layers
@@ -143,17 +190,21 @@ def our_layers(context: WorkerContext, size: Split) -> Step:
 
 def decoder(size: Split, device: torch.device) -> Transformer:
     """The course's model, new, with the same weights each time and on every rank."""
+    return copy.deepcopy(drawn(decoder_config(size, size.vocab_size), device, size.dtype))
+
+
+def decoder_config(size: Split, vocab_size: int, **others: Any) -> ModelConfig:
     heads = size.width // size.head_dim
-    config = ModelConfig(
-        vocab_size=size.vocab_size,
+    return ModelConfig(
+        vocab_size=vocab_size,
         d_model=size.width,
         n_layers=size.layers,
         n_heads=heads,
         n_kv_heads=heads,
         head_dim=size.head_dim,
         d_ff=4 * size.width,
+        **others,
     )
-    return copy.deepcopy(drawn(config, device, size.dtype))
 
 
 def tokens(size: Split, device: torch.device) -> Batch:

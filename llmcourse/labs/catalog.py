@@ -106,6 +106,13 @@ DISTRIBUTED_ANSWERS = (
 )
 """Collectives, parallel layers, schedules and compression, ready-made."""
 
+QUANTIZATION_ANSWERS = (
+    *("torchao", "bitsandbytes", "auto_gptq", "gptqmodel", "optimum", "transformers", "marlin"),
+    *(f"llmcourse.{name}" for name in ("compress", "finetune", "models", "engine", "plug")),
+    *(f"llmcourse.kernels.quant_{name}" for name in ("matmul", "plan", "unpack")),
+)
+"""Quantization and its kernels, ready-made."""
+
 LABS = (
     Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),
     Lab("02", "activations_losses_optimizers", "What a training step is made of", forbidden=MODEL_ANSWERS),
@@ -120,6 +127,7 @@ LABS = (
     Lab("11", "subquadratic", "Without the square", forbidden=SUBQUADRATIC_ANSWERS),
     Lab("12", "training_memory", "Training in little memory", forbidden=MODEL_ANSWERS),
     Lab("13", "distributed_training", "Many workers, few bytes", forbidden=DISTRIBUTED_ANSWERS),
+    Lab("14", "quantization", "Weights in four bits", forbidden=QUANTIZATION_ANSWERS),
 )
 
 

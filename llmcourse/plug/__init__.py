@@ -13,7 +13,8 @@ What your function returns is checked where it is used; what it raises says at w
 `point` holds the mechanism, `autograd` the points of `llmcourse.autograd`; those of `llmcourse.models` are
 in `kernels`, `transformer`, `flash`, `attention_variants` and `subquadratic`, those of
 `llmcourse.train.alignment` in `alignment`, of tokenizers and fine-tuning in `language_model`, of training
-in little memory in `training_memory`, of a training step in `optimizers`. `same_text` compares what a model
+in little memory in `training_memory`, of a training step in `optimizers`; those of
+`llmcourse.compress` in `quantization`. `same_text` compares what a model
 says with and without a plug.
 """
 
@@ -25,6 +26,7 @@ from llmcourse.plug import (  # they register their points
     kernels,
     language_model,
     optimizers,
+    quantization,
     subquadratic,
     training_memory,
     transformer,
@@ -44,6 +46,7 @@ __all__ = [
     "optimizers",
     "plug",
     "points",
+    "quantization",
     "register",
     "subquadratic",
     "training_memory",

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -305,6 +306,44 @@ def test_the_same_script_runs_under_torchrun(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("results [21.0, 21.0]") == copies
+
+
+def test_under_torchrun_no_thread_of_the_group_is_left_when_python_ends(tmp_path: Path) -> None:
+    """A thread that still lets go of a tensor then aborts the process, and with it the whole training."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os
+            import torch.distributed as dist
+            from llmcourse.train.parallel import run_workers
+            from llmcourse.train.parallel.torchrun import leave
+
+            def threads():
+                return len(os.listdir("/proc/self/task"))
+
+            def work(context):
+                import torch._dynamo  # as an optimizer does; it imports functions whose default is the group
+                keeps = [dist.new_group([0])]
+                keeps.append(keeps)
+                return threads()
+
+            before = threads()
+            during, = run_workers(work, 1)
+            leave()
+            print("threads", during > before, threads() == before)
+            """
+        )
+    )
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=os.environ | torchrun
+    )
+    assert "threads True True" in done.stdout, done.stderr
 
 
 def test_every_error_of_the_course_travels_between_processes() -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
+import importlib
 import os
 import time
 from collections.abc import Callable
@@ -65,10 +67,19 @@ def context_from_environment(backend: str, timeout: float) -> WorkerContext:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if not dist.is_initialized():
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(leave)
+        # Its functions take the group of that moment as their default, and would keep it alive for ever.
+        importlib.import_module("torch.distributed.nn.functional")
         return join(
             rank, int(os.environ["WORLD_SIZE"]), local_rank, backend, seconds=timeout + 60, store=None
         )
     return WorkerContext(
         rank, dist.get_world_size(), local_rank, device_of(backend, local_rank), backend, tagged=True
     )
+
+
+def leave() -> None:
+    """End the process group, and gloo's threads: one that still works while Python ends aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()  # groups in reference cycles, with their threads

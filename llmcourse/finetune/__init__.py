@@ -1,0 +1,1 @@
+"""Fine-tuning: small corrections of a large model, trained, saved, and many served at once."""

@@ -1,0 +1,154 @@
+"""The points of quantization: rounding in groups, GPTQ's loop, a quantized layer's kernel, QAT's rounding.
+
+The package stores scales in bfloat16 and a learner's function returns float32: a `Quantized` holds either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmcourse.plug.point import LearnersCode, Point, kind, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmcourse.compress.quantize import Quantized, Scheme
+
+COMPRESS = "llmcourse.compress"
+
+
+def pack_int4(code: LearnersCode) -> Callable[..., Quantized]:
+    from llmcourse.compress.quantize import Quantized
+
+    def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
+        import torch
+
+        rows, columns = weight.shape
+        group = scheme.group or columns
+        if (scheme.bits, scheme.symmetric, scheme.codes) != (4, False, "int") or columns % group or group % 2:
+            code.refuse(
+                f"a weight {[rows, columns]} is to be stored as {scheme}",
+                "The function makes asymmetric INT4 in groups of an even size that divides the row.",
+                "Scheme(4, 64, symmetric=False).",
+            )
+        packed, scale, zero = code.parts(code(weight.detach().float(), group), ("packed", "scale", "zero"))
+        groups = (rows, columns // group)
+        for name, part, shape in (
+            ("packed", packed, (rows, columns // 2)),
+            ("scale", scale, groups),
+            ("zero", zero, groups),
+        ):
+            _shaped(code, part, shape, name)
+        if packed.dtype != torch.uint8 or not scale.is_floating_point():
+            code.refuse(
+                f"packed is {packed.dtype} and scale {scale.dtype}",
+                "Bytes hold two codes each; scales are fractions.",
+                "uint8 and float32.",
+            )
+        return Quantized.from_packed(packed, scale, zero.to(torch.uint8), scheme, (rows, columns))
+
+    return quantize
+
+
+def gptq_update(code: LearnersCode) -> Callable[..., Quantized]:
+    from llmcourse.compress.quantize import Quantized, grid, spread
+
+    def gptq(
+        weight: Tensor,
+        gram: Tensor,
+        scheme: Scheme,
+        *,
+        damping: float = 0.01,
+        block: int = 128,
+        order: bool = True,
+    ) -> Quantized:
+        """The package's `gptq` with the learner's loop: damping, grids, order of columns as there."""
+        import torch
+
+        if (scheme.bits, scheme.symmetric, scheme.codes) != (4, True, "int"):
+            code.refuse(f"the scheme is {scheme}", "The function rounds to codes −8 … 7.", "Scheme(4, 64).")
+        columns = weight.shape[1]
+        h = gram.double().clone()
+        diagonal = h.diagonal()
+        mean = diagonal.mean()
+        diagonal[diagonal == 0] = 1.0
+        diagonal += damping * mean
+        scale, _ = grid(weight, scheme)
+        steps = spread(scale.double(), scheme, columns).expand(weight.shape)
+        first = h.diagonal().argsort(descending=True, stable=True) if order else torch.arange(columns)
+        given = (weight.detach().double()[:, first], h[first][:, first], steps[:, first])
+        found = _shaped(code, code(*given), tuple(weight.shape), "the result")
+        if bool((found != found.round()).any()) or bool((found.abs() > 8).any()) or bool((found == 8).any()):
+            code.refuse(
+                "the result holds something else than the codes −8 … 7",
+                "They are stored in four bits each.",
+                "torch.round(…).clamp(-8, 7).",
+            )
+        codes = found.to(torch.int8)[:, first.argsort()]
+        return Quantized(codes, scale, None, scheme, (weight.shape[0], columns))
+
+    return gptq
+
+
+def straight_through(code: LearnersCode) -> Callable[..., Tensor]:
+    from llmcourse.compress.qat import Rounded
+    from llmcourse.compress.quantize import TENSOR, grid
+
+    def forward(self: Rounded, weight: Tensor) -> Tensor:
+        """The rounded weight: what the learner's layer makes of the unit vectors, a group at a time."""
+        import torch
+
+        scheme, (rows, columns) = self.scheme, weight.shape
+        size = columns if scheme.group in (None, TENSOR) else int(scheme.group or columns)
+        if (scheme.bits, scheme.symmetric, scheme.codes) != (4, True, "int") or columns % size:
+            code.refuse(f"the scheme is {scheme}", "The function rounds to codes −8 … 7.", "Scheme(4).")
+        scale = grid(weight.detach(), scheme)[0].to(weight.dtype).expand(rows, columns // size).reshape(-1, 1)
+        unit = torch.eye(size, dtype=weight.dtype, device=weight.device)
+        parts = _shaped(code, code(unit, weight.reshape(-1, size), scale), (size, len(scale)), "y")
+        if parts.dtype != weight.dtype:
+            code.refuse(
+                f"y is {parts.dtype}", "The layer goes on with it.", f"{weight.dtype}, as x and weight are."
+            )
+        return parts.T.reshape(rows, columns)
+
+    return forward
+
+
+def _shaped(code: LearnersCode, value: Any, shape: tuple[int, ...], what: str) -> Tensor:
+    import torch
+
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+        came = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else kind(value)
+        fix = "a `return` at its end." if value is None else "printing the shapes on the way to it."
+        code.refuse(f"{what} is {came}, and should be a tensor of shape {list(shape)}", code.point.says, fix)
+    return value
+
+
+for _point in (
+    Point(
+        "pack_int4",
+        ("weight", "group"),
+        "(packed, scale, zero)",
+        "A weight [N, K] as bytes [N, K/2] of two codes each, with a scale and a zero for every group.",
+        (f"{COMPRESS}.quantize:quantize", f"{COMPRESS}.quantized_linear:quantize"),
+        pack_int4,
+    ),
+    Point(
+        "gptq_update",
+        ("weight", "gram", "scale"),
+        "tensor",
+        "Codes [N, K], −8 … 7, rounded column by column, each making up for those before it.",
+        (f"{COMPRESS}.gptq:gptq",),
+        gptq_update,
+    ),
+    Point(
+        "straight_through",
+        ("x", "weight", "scale"),
+        "tensor",
+        "x [B, K] times weights [N, K] rounded to INT4; the gradient passes as if they were not.",
+        (f"{COMPRESS}.qat:Rounded.forward",),
+        straight_through,
+    ),
+):
+    register(_point)
