@@ -18,17 +18,23 @@ BENCHMARKS = {
     "alignment": "DPO and GRPO raise a checkable reward of the real model, on prompts kept from training",
     "attention_variants": "MHA, GQA, MQA, MLA and windows: what each learns, and its decode step",
     "ceilings": "copy bandwidth and matrix FLOP/s of this machine",
+    "cocktail": "fine-tuning over a slow link: all gradients, float16, top-k and CocktailSGD",
+    "distill": "a draft model distilled from the real one, its acceptance on held-out prompts, and its file",
     "engine_start": "notebook 00's ladder of the engine, beside transformers",
     "flash": "FlashAttention beside FlashAttention-2, cuDNN, flex_attention and the ceiling model",
     "kernels": "the memory-bound kernels beside torch.compile and a copy of as many bytes",
     "memory_levels": "latency and bandwidth of each level of a GPU's memory",
     "matmul": "the ladder of matrix products in bf16, fp16 and fp8, beside cuBLAS",
     "pretrain": "a GPT from raw Shakespeare to samples: loss, tokens/s, MFU, size against loss, resume",
+    "quant_matmul": "4- and 8-bit weights beside tinygemm, int8pack, fp8 and bfloat16, batch 1 to 1024",
+    "quantize": "the real model's perplexity against its size: RTN, GPTQ, AWQ, QAT; INT8 activations",
     "parallel": "2 GPUs through NCCL against one, and against DDP, FSDP2, DTensor and PyTorch's pipelines",
     "subquadratic": "attention, linear attention, SSM and Hyena layers against length; decoding; recall",
     "training_memory": "a training step's peak memory beside the ledger's prediction; time of recomputing",
     "streams": "stream programs, CUDA graphs and input loaders, with the constants that predict them",
 }
+WRITES = {"distill"}
+"""Benchmarks whose `run` takes the folder of `--out` too, and leaves a file of its own there."""
 GPU_ONLY = {"streams"}
 
 __all__ = ["BENCHMARKS", "FOLDER", "Record", "all_records", "command", "new_record", "recorded", "save"]
@@ -59,7 +65,8 @@ def command(names: Sequence[str], *, device: str, out: Path | None, list_only: b
         if not names and kind == "cpu" and name in GPU_ONLY:
             console.print(f"\n[bold]{name}[/]: left out, it needs a GPU")
             continue
-        rows, notes = import_module(f"llmcourse.bench.{name}").run(kind)
+        where = {"out": out} if name in WRITES else {}
+        rows, notes = import_module(f"llmcourse.bench.{name}").run(kind, **where)
         record = new_record(name, kind, rows, notes)
         console.print(f"\n[bold]{name}[/]: {record.device['name']}, torch {record.versions['torch']}")
         print(text_of(rows))  # not through rich, which would fold the table

@@ -31,7 +31,7 @@ CALIBRATION, TEST = (0, 10, 20, 35), (5, 15, 30)  # plays, by their place in the
 
 
 def pieces(tokenizer: Tokenizer, plays: tuple[int, ...], *, count: int, length: int) -> Tensor:
-    """`count` stretches of `length` tokens [count, length], from these plays in turn, past their cast lists."""
+    """Stretches of the plays in turn, past their cast lists: token ids [count, length]."""
     from llmcourse.assets import play_paths
 
     paths = play_paths()

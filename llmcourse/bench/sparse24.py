@@ -1,16 +1,16 @@
 """Benchmark `sparse24`: 2:4 weights against dense ones, from one row of x to a long prompt.
 
     llmcourse bench sparse24 --device cuda --out llmcourse/bench/records
-    python -m llmcourse.bench.sparse24 --sweep --out FOLDER          # the best plans first, then the benchmark
+    python -m llmcourse.bench.sparse24 --sweep --out FOLDER         # the best plans first, then all
 
 cublas        the dense weight in 16 bits, `torch.nn.functional.linear`
 cusparselt    `torch.sparse.to_sparse_semi_structured` by NVIDIA's library; ours is compared with it too
 cutlass       the same by CUTLASS's kernels, where PyTorch has them
 select, expand    `kernels.sparse24`
 
-Every result is compared with float64 first; who is wrong is not timed. Times by `bench.timing`: CUDA graphs on all
-sides where a call takes under 50 µs, L2 swept, peers in turns. GB/s are the bytes that this peer must move; of_copy is
-their share of a large copy's bandwidth in the same run.
+Every result is compared with float64 first; who is wrong is not timed. Times by `bench.timing`: CUDA graphs
+on all sides where a call takes under 50 µs, L2 swept, peers in turns. GB/s are the bytes that this peer must
+move; of_copy is their share of a large copy's bandwidth in the same run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def sweep(seconds: float = 200, shapes: tuple[tuple[int, int], ...] = SHAPES) ->
                 break
             plan = plans[at]
             try:
-                run_it = lambda plan=plan: sparse24_linear(x, packed, plan=plan)  # noqa: E731
+                run_it = partial(sparse24_linear, x, packed, plan=plan)
                 if error_of(run_it(), x, w) < GOOD_ENOUGH:
                     found.append((measure({"it": run_it}, device="cuda", graph=True)["it"].median, plan))
             except Exception:  # too much shared memory, or too many registers

@@ -13,9 +13,9 @@ precision, and without its sign a code counts the numbers upwards: the code afte
     code = (p + bias − 1)·2^M + round(|x| / 2^(p − M))        p the exponent of |x|, not below 1 − bias
 
 What the largest codes mean is a convention of each format. IEEE's floats keep the whole last exponent for
-infinities and NaN. With 4 bits of exponent that would waste a sixteenth of all codes, so FP8 e4m3 (as
-GPUs compute it, "fn": finite) has no infinities and one NaN a sign, and reaches 448 instead of 240 (Micikevicius et al.
-2022, arXiv:2209.05433); FP4 e2m1 has neither (OCP Microscaling, 2023).
+infinities and NaN. With 4 bits of exponent that would waste a sixteenth of all codes, so FP8 e4m3 (as GPUs
+compute it, "fn": finite) has no infinities and one NaN a sign, and reaches 448 instead of 240 (Micikevicius
+et al. 2022, arXiv:2209.05433); FP4 e2m1 has neither (OCP Microscaling, 2023).
 
 Integers are evenly spaced everywhere; they need a scale from outside. NF4 is a table of 16 numbers between
 −1 and 1, such that normally distributed weights use every one of them equally often (Dettmers et al. 2023,
@@ -262,7 +262,7 @@ CODEBOOKS: dict[str, FloatFormat | TableFormat] = {
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent, exactly, for −1022 ≤ exponent ≤ 1023: a float64 whose exponent field is written directly."""
+    """2^exponent, exactly, for −1022 ≤ exponent ≤ 1023: a float64 made of its exponent field."""
     return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 

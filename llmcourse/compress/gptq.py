@@ -49,7 +49,8 @@ def gptq(
               grids are then those of the weight as it came. Otherwise columns go from left to right, and each
               group gets its grid when its turn comes, from the weights as corrected so far
 
-    Raises ShapeError for matrices that do not fit each other, or a damping that is not positive.
+    Raises ShapeError for matrices that do not fit each other, a damping that is not positive, or a Gram
+    matrix that cannot be one.
     """
     require_matrix(weight)
     _check(weight, gram, damping, block)
@@ -61,7 +62,7 @@ def gptq(
     late = sequence is None and size < columns  # grids found on the way
     if sequence is not None:
         w = w[:, sequence]
-    of = (torch.arange(columns, device=w.device) if sequence is None else sequence) // size
+    group_of = [k // size for k in (range(columns) if sequence is None else sequence.tolist())]
     factor = inverse_factor(gram, damping, sequence)
     column = replace(scheme, group=None)  # of one column every row has one scale
     codes = torch.empty(w.shape, dtype=torch.int8 if scheme.low else torch.uint8, device=w.device)
@@ -70,7 +71,7 @@ def gptq(
         end = min(start + step, columns)
         errors = torch.empty_like(w[:, start:end])
         for j in range(start, end):
-            g = int(of[j])
+            g = group_of[j]
             if late and j % size == 0:
                 here = grid(w[:, j : j + size], scheme)
                 scale[:, g] = here[0][:, 0]
@@ -102,8 +103,14 @@ def inverse_factor(gram: Tensor, damping: float, sequence: Tensor | None = None)
     diagonal += damping * mean
     if sequence is not None:
         h = h[sequence][:, sequence]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if int(failed):
+        raise ShapeError(
+            f"the Gram matrix, damped by {damping}, is not positive definite (row {int(failed)}).",
+            "Σ x xᵀ is, up to the rounding of its sums; one of numbers that are not finite is not, either.",
+            "calibrate(…, dtype=torch.float64), a larger damping, or a look at the inputs for inf and nan.",
+        )
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(gram.dtype)
 
 
 def _check(weight: Tensor, gram: Tensor, damping: float, block: int) -> None:

@@ -5,10 +5,11 @@ which weights does it compete?* is the pattern:
 
     Pattern(0.5)                      half of the weights go, the least of the whole layer
     Pattern(0.5, per="row")           half of each row: every output keeps as many inputs
-    Pattern(n=2, m=4)                 2 of every 4 neighbours of a row stay: what NVIDIA's sparse tensor cores read
+    Pattern(n=2, m=4)                 2 of every 4 neighbours of a row stay, as sparse tensor cores want it
 
-The tighter the pattern, the less choice a score has, and the worse the model; the looser, the harder the zeros
-are to use. An unstructured half saves no time on a GPU at all: where the zeros are must be stored and read too.
+The tighter the pattern, the less choice a score has, and the worse the model; the looser, the harder the
+zeros are to use. An unstructured half saves no time on a GPU at all: where the zeros are must be stored and
+read too.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:
-    """|w|: a small weight changes the output little, if all inputs are alike (LeCun et al. 1989 doubted it)."""
+    """|w|: a small weight changes the output little, if all inputs are alike."""
     return weight.abs()
 
 

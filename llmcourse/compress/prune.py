@@ -4,16 +4,19 @@
     magnitude    nothing                   |w|                         stay as they are
     wanda        norms of the inputs       |w|·‖x‖                     stay as they are
     sparsegpt    Gram matrices             w² / [H⁻¹]_jj               move to make up for those that went
+    wanda+move   Gram matrices             |w|·‖x‖                     move in the same way
 
     prune(model, "wanda", Pattern(0.5), tokens)
     sparsity_of(model)["all"]                    0.5
 
-The last two read a few thousand tokens, block by block: each block is pruned for the inputs that it really gets
-behind the pruned ones before it. Nothing is trained. Embedding and output head, one table in small models, stay.
+All but the first read a few thousand tokens, block by block: each block is pruned for the inputs that it really
+gets behind the pruned ones before it. Nothing is trained. Embedding and output head, one table in small
+models, stay.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, replace
 
@@ -22,11 +25,11 @@ from torch import Tensor, nn
 
 from llmcourse.compress.calibrate import Inputs, block_by_block, layers_of
 from llmcourse.compress.masks import Pattern, keep, magnitude_scores, wanda_scores
-from llmcourse.compress.sparsegpt import sparsegpt
+from llmcourse.compress.sparsegpt import damped, sparsegpt, update
 from llmcourse.errors import ShapeError, UnknownNameError
 from llmcourse.models.transformer import Transformer
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "wanda+move", "sparsegpt")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Pruned:
     seconds: float
 
 
-def pruned_weight(weight: Tensor, inputs: Inputs | None, method: str, pattern: Pattern) -> Tensor:
+def pruned_weight(
+    weight: Tensor, inputs: Inputs | None, method: str, pattern: Pattern, damp: float = 0.01
+) -> Tensor:
     """One layer's weight [N, K] with zeros in it: a new tensor.
 
     Wanda compares within a row whatever `pattern.per` says: it is defined so, and better so.
@@ -60,9 +65,15 @@ def pruned_weight(weight: Tensor, inputs: Inputs | None, method: str, pattern: P
             "It weighs a weight by what it multiplies.",
             "tokens for the model to read, or Inputs.of(x); or method='magnitude'.",
         )
-    if method == "wanda":
-        return weight * keep(wanda_scores(weight, inputs.norm), replace(pattern, per="row"))
-    return sparsegpt(weight, inputs.gram, pattern)
+    if method == "sparsegpt":
+        return sparsegpt(weight, inputs.gram, pattern, damp=damp)
+    mask = wanda_mask(weight, inputs.norm, pattern)
+    return weight * mask if method == "wanda" else update(weight, damped(inputs.gram, damp), mask)
+
+
+def wanda_mask(weight: Tensor, norm: Tensor, pattern: Pattern) -> Tensor:
+    """Which weights [N, K] stay by Wanda's score, of those in a row."""
+    return keep(wanda_scores(weight, norm), replace(pattern, per="row"))
 
 
 @torch.no_grad()
@@ -73,26 +84,39 @@ def prune(
     tokens: Tensor | None = None,
     *,
     rows: int = 1,
+    first: int | None = None,
+    damp: float = 0.01,
 ) -> Pruned:
     """Set weights of all linear layers of a model's blocks to zero, in place.
 
     tokens   [B, S] of text for wanda and sparsegpt to read; a few thousand are enough
     rows     sequences that are read at once
+    damp     of SparseGPT: more where tokens are few
+    first    prune so many blocks, from the first on, and leave the rest (quick, to see what a method does)
 
     Raises   UnknownNameError, ShapeError.
     """
     pattern = pattern or Pattern()
     started = time.perf_counter()
+    part = model if first is None else front(model, first)
     if tokens is None:
-        for layer in layers_of(model).values():
+        for layer in layers_of(part).values():
             layer.weight.copy_(pruned_weight(layer.weight, None, method, pattern))
     else:
 
         def compress(name: str, layer: nn.Linear, inputs: Inputs) -> Tensor:
-            return pruned_weight(layer.weight, inputs, method, pattern)
+            return pruned_weight(layer.weight, inputs, method, pattern, damp)
 
-        block_by_block(model, tokens, compress, rows=rows)
-    return Pruned(method, pattern, sparsity_of(model)["all"], time.perf_counter() - started)
+        block_by_block(part, tokens, compress, rows=rows)
+    return Pruned(method, pattern, sparsity_of(part)["all"], time.perf_counter() - started)
+
+
+def front(model: Transformer, blocks: int) -> Transformer:
+    """The model with its first blocks only; the same modules, not copies."""
+    part = copy.copy(model)
+    part._modules = dict(model._modules)
+    part.blocks = model.blocks[:blocks]
+    return part
 
 
 def sparsity_of(model: nn.Module) -> dict[str, float]:

@@ -111,7 +111,9 @@ class Quantized:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights that the codes stand for, [N, K], computed in float32 and rounded once."""
         if self.scheme.codes != "int":
-            points = CODEBOOKS[self.scheme.codes].table().to(self.codes.device, torch.float32)[self.codes.int()]
+            points = (
+                CODEBOOKS[self.scheme.codes].table().to(self.codes.device, torch.float32)[self.codes.int()]
+            )
         elif self.zero is None:
             points = self.codes.float()
         else:
@@ -149,7 +151,9 @@ class Quantized:
 def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
     """Round a weight [N, K] to the nearest points of its grids. Raises ShapeError where it is no matrix."""
     scale, zero = grid(weight, scheme)
-    return Quantized(encode(weight, scale, zero, scheme), scale, zero, scheme, (weight.shape[0], weight.shape[1]))
+    return Quantized(
+        encode(weight, scale, zero, scheme), scale, zero, scheme, (weight.shape[0], weight.shape[1])
+    )
 
 
 def grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:

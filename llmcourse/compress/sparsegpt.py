@@ -1,19 +1,19 @@
 """SparseGPT: remove weights one column at a time, and let those that stay make up for them.
 
-A layer's output error is quadratic in the change of a row w of its weight: δ G δᵀ, with G = Σ x xᵀ. If w_j must
-become zero and the weights behind it may move, the least error is the optimal brain surgeon's (Hassibi & Stork
-1993), with H⁻¹ the inverse of G's part that is still free:
+A layer's output error is quadratic in the change of a row w of its weight: δ G δᵀ, with G = Σ x xᵀ. If w_j
+must become zero and the weights behind it may move, the least error is the optimal brain surgeon's (Hassibi
+& Stork 1993), with H⁻¹ the inverse of G's part that is still free:
 
     δ = −w_j / [H⁻¹]_jj · H⁻¹_j            error  w_j² / [H⁻¹]_jj
 
-so w_j² / [H⁻¹]_jj is what removing a weight costs *after* the others have moved. Which weights go differs from row
-to row, and each row would need inverses of its own. The trick of the paper (Frantar & Alistarh 2023,
-arXiv:2301.00774): let only weights to the right of a column move. Then all rows share one sequence of inverses,
-and the rows of one Cholesky factor hold it: with H⁻¹ = UᵀU, U upper triangular, the inverse of the part from
-column j on is U[j:, j:]ᵀ U[j:, j:], its first row U_jj · U_j,j:.
+so w_j² / [H⁻¹]_jj is what removing a weight costs *after* the others have moved. Which weights go differs
+from row to row, and each row would need inverses of its own. The trick of the paper (Frantar & Alistarh
+2023, arXiv:2301.00774): let only weights to the right of a column move. Then all rows share one sequence of
+inverses, and the rows of one Cholesky factor hold it: with H⁻¹ = UᵀU, U upper triangular, the inverse of the
+part from column j on is U[j:, j:]ᵀ U[j:, j:], its first row U_jj · U_j,j:.
 
-Masks are chosen for `block` columns at a time, by the weights as they are by then; updates within a block are made
-at once, those behind it together, as one matrix product.
+Masks are chosen for `block` columns at a time, by the weights as they are by then; updates within a block
+are made at once, those behind it together, as one matrix product.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from llmcourse.compress.masks import Pattern, keep, require_matrix
 from llmcourse.errors import ShapeError
 
 
-def inverse_factor(gram: Tensor, damp: float = 0.01) -> Tensor:
-    """U [K, K], upper triangular, with UᵀU the inverse of gram + damp · mean(diagonal) · 1.
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """gram [K, K] + damp · mean(diagonal) · 1: positive definite.
 
     A feature that never occurs has a diagonal of zero; it is given one, as its weights do not matter.
     """
@@ -34,6 +34,11 @@ def inverse_factor(gram: Tensor, damp: float = 0.01) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
+    return hessian
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """U [K, K], upper triangular, with UᵀU the inverse of a positive definite matrix."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     return torch.linalg.cholesky(inverse, upper=True)
 
@@ -45,8 +50,8 @@ def sparsegpt(
     """The weight [N, K] with zeros by `pattern` (half, unless given) and the rest moved; a new tensor.
 
     gram    Σ x xᵀ [K, K] over the layer's inputs: `calibrate(model, tokens)[name].gram`
-    block   columns for which a mask is chosen at a time, before any of them is removed; with an n:m pattern masks
-            are chosen for m columns, and this is how many columns are updated before the rest is
+    block   columns for which a mask is chosen at a time, before any of them is removed; with an n:m pattern
+            masks are chosen for m columns, and so many columns are updated before the rest is
     damp    is added to the diagonal, as a share of its mean: fewer tokens than features make G singular
 
     Of an unstructured pattern every *block* has its share of zeros, chosen among all rows of it.
@@ -65,12 +70,26 @@ def sparsegpt(
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
     w = weight.to(wide).clone()
-    u = inverse_factor(gram.to(wide), damp)
+    u = inverse_factor(damped(gram.to(wide), damp))
     block = -(-block // pattern.m) * pattern.m if pattern.m else block
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         prune_block(w[:, start:stop], u[start:stop, start:stop], w[:, stop:], u[start:stop, stop:], pattern)
     return w.to(weight.dtype)
+
+
+@torch.no_grad()
+def update(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+    """The weight [N, K] with zeros where mask [N, K] is False, whoever chose it, and the rest moved.
+
+    hessian   [K, K] positive definite, as `damped` gives it
+    """
+    w, u = weight.clone(), inverse_factor(hessian)
+    for j in range(w.shape[1]):
+        errors = torch.where(mask[:, j], 0, w[:, j] / u[j, j])
+        w[:, j:] -= errors[:, None] * u[j, j:]
+        w[:, j].masked_fill_(~mask[:, j], 0)
+    return w
 
 
 def prune_block(w: Tensor, u: Tensor, rest: Tensor, u_rest: Tensor, pattern: Pattern) -> None:

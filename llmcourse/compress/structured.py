@@ -1,17 +1,17 @@
 """Structured pruning: whole neurons and whole heads go, and what is left is a smaller dense model.
 
-A zero here and there has to be stored as a place; a row that is gone is simply not there. Every device is faster
-for it, without kernels of any kind. What it costs in quality is far more: a neuron's weights matter unequally, and
-all of them go.
+A zero here and there has to be stored as a place; a row that is gone is simply not there. Every device is
+faster for it, without kernels of any kind. What it costs in quality is far more: a neuron's weights matter
+unequally, and all of them go.
 
-A SwiGLU block's neuron j is row j of gate and of up and column j of down. Its part of the output is down_j·a_j, a_j
-being its activation, so that taking it out changes the output by ‖down_j‖²·Σ a_j² over a text. An attention
-block's unit is one key/value head with the query heads that share it: their columns of the output projection. In
-both cases the unit that goes is judged by what it sends through its block's last matrix W [E, K], whose inputs'
-Gram matrix G says all:
+A SwiGLU block's neuron j is row j of gate and of up and column j of down. Its part of the output is
+down_j·a_j, a_j being its activation, so that taking it out changes the output by ‖down_j‖²·Σ a_j² over a
+text. An attention block's unit is one key/value head with the query heads that share it: their columns of
+the output projection. In both cases the unit that goes is judged by what it sends through its block's last
+matrix W [E, K], whose inputs' Gram matrix G says all:
 
     error of taking out the columns C     tr(W_C G_CC W_Cᵀ)
-    what the others may do about it       W'_S = W G_:S (G_SS)⁻¹,   the least squares fit of W a by those that stay
+    what the others may do about it       W'_S = W G_:S (G_SS)⁻¹,   the least squares fit of W a
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmcourse.models.transformer import Transformer
 
 
 def unit_scores(weight: Tensor, gram: Tensor, size: int) -> Tensor:
-    """Σ‖W_C x_C‖² for each unit C of `size` neighbouring columns of weight [N, K], inputs' gram [K, K]: [K/size]."""
+    """Σ‖W_C x_C‖² for each unit C of `size` neighbouring columns of weight [N, K]: [K / size]."""
     units = weight.shape[1] // size
     w = weight.double().T.reshape(units, size, -1)  # [U, size, N]
     g = (
@@ -40,7 +40,7 @@ def unit_scores(weight: Tensor, gram: Tensor, size: int) -> Tensor:
 
 
 def refit(weight: Tensor, gram: Tensor, stay: Tensor, damp: float = 0.01) -> Tensor:
-    """The weight [N, S] on the columns `stay` [S] that comes closest to weight [N, K] on the inputs of `gram`.
+    """The weight [N, S] on the columns `stay` [S] that comes closest to weight [N, K], by the gram.
 
     damp   of the diagonal, as a share of its mean
     """
@@ -74,7 +74,7 @@ def shrink(
     if not 0 < d_ff <= config.d_ff or not 0 < n_kv <= config.n_kv_heads:
         raise ShapeError(
             f"{d_ff} neurons and {n_kv} key/value heads were asked for.",
-            f"The model has {config.d_ff} and {config.n_kv_heads}; pruning takes away, and leaves at least one.",
+            f"The model has {config.d_ff} and {config.n_kv_heads}; at least one of each is left.",
             f"d_ff={config.d_ff // 2}, n_kv_heads={max(1, config.n_kv_heads - 1)}.",
         )
     if (

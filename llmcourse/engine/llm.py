@@ -54,6 +54,7 @@ class LLM:
     model        None (the course's model), a path for `models.load`, or a `(Transformer, Tokenizer)` pair
     device       cpu, cuda or auto;  dtype  float32, bfloat16, float16 or auto
     kv_cache     off: every step runs the whole prefix again (the naive way)
+    kv_stored    int8 or fp8: the cache in 8 bits;  None: in the model's format
     fused        off: Q, K, V and gate, up as separate matrix products
     packed       off: on a CPU, bfloat16 weights are rearranged at every use (see `models.linear`)
     cuda_graphs  None: on where there is a GPU
@@ -66,6 +67,7 @@ class LLM:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         kv_cache: bool = True,
+        kv_stored: str | None = None,
         fused: bool = True,
         packed: bool = True,
         cuda_graphs: bool | None = None,
@@ -74,7 +76,7 @@ class LLM:
             self.model, self.tokenizer = model
         else:
             self.model, self.tokenizer = load(model, device=device, dtype=dtype)
-        self.kv_cache = kv_cache
+        self.kv_cache, self.kv_stored = kv_cache, kv_stored
         self.fused, self.packed = fused, packed
         on_gpu = self.model.device.type == "cuda"
         self.cuda_graphs = (on_gpu if cuda_graphs is None else cuda_graphs and on_gpu) and kv_cache
@@ -181,15 +183,20 @@ class LLM:
         """A cache of the right size and what advances it; graphs and their cache are kept for reuse."""
         model = self.model
         if not self.cuda_graphs:
-            cache = KVCache(model.config, batch, longest, dtype=model.dtype, device=model.device)
+            cache = self._new_cache(batch, longest)
             return lambda tokens: model(tokens, cache), cache
         size = 1 << (longest - 1).bit_length()
         if (batch, size) not in self._decoders:
-            cache = KVCache(model.config, batch, size, dtype=model.dtype, device=model.device)
+            cache = self._new_cache(batch, size)
             self._decoders[batch, size] = GraphDecoder(model, cache)
         decoder = self._decoders[batch, size]
         decoder.cache.lengths = [0] * batch
         return decoder, decoder.cache
+
+    def _new_cache(self, batch: int, max_len: int) -> KVCache:
+        model = self.model
+        kind = self.kv_stored
+        return KVCache(model.config, batch, max_len, dtype=model.dtype, device=model.device, stored=kind)
 
     def _uncached(self, ids: list[list[int]]) -> Callable[[Tensor | None], Tensor]:
         """The naive way: the whole prefix of each sequence through the model for every token."""

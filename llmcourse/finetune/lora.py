@@ -5,6 +5,10 @@
 Trained are r·(M + K) numbers in place of M·K, and gradient, optimizer state and saved file shrink with them.
 What does not shrink: the forward pass, and the activations that lie on the way to the adapters.
 
+The frozen matrix has no gradient and no optimizer state, so nothing forbids to keep it in four bits: QLoRA
+(Dettmers et al. 2023, arXiv:2305.14314) is `attach` on a model of `compress.quantize_model`, whose layers pass
+gradients through to x.
+
 B begins as zeros, so that the first step starts from the model as it was; A begins random, because two
 zero factors would give each other no gradient. s divides by r so that another rank needs no other learning
 rate: under Adam every entry of B moves by the same amount, and r terms are summed
@@ -30,7 +34,6 @@ import torch
 from torch import Tensor, nn
 
 from llmcourse.errors import CourseError, ModelError, ShapeError
-from llmcourse.finetune.qlora import frozen_product, is_quantized
 from llmcourse.models import Transformer
 
 PLACES = {
@@ -122,7 +125,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., M]: two thin products beside the frozen one, and never B·A."""
-        y = frozen_product(self.base, x)
+        y = cast(Tensor, self.base(x))
         if self.merged or not self.on:
             return y
         down = x.to(self.A.dtype) @ self.A.flatten(0, 1).T  # [..., P·r], x read once for all parts
@@ -279,6 +282,11 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, LoRALinear):
         return _sizes(layer.base)
     return int(cast(int, layer.out_features)), int(cast(int, layer.in_features))
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the layer's weight is kept as codes (`compress.quantized_linear.QuantizedLinear`)."""
+    return not isinstance(layer, nn.Linear)
 
 
 def _device(layer: nn.Module) -> torch.device:

@@ -221,9 +221,9 @@ def expand_kernel(
         b += (adapter.to(tl.int64) * COLUMNS + above) * RANK
         weights = tl.load(b + m[:, None] * RANK + r, mask=inside[:, None] & (r < RANK), other=0.0)
         delta = tl.sum(weights.to(tl.float32) * down, axis=1) * tl.load(scale + adapter)
-        y += row.to(tl.int64) * y_stride + first + m
-        old = tl.load(y, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y, (old + delta).to(y.dtype.element_ty), mask=inside)
+        to = y + row.to(tl.int64) * y_stride + first + m
+        old = tl.load(to, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to, (old + delta).to(y.dtype.element_ty), mask=inside)
 
 
 # wrapper
@@ -295,7 +295,7 @@ def multi_lora(
     check_together(x=x, ids=ids)
     if ids.dtype not in (torch.int32, torch.int64):
         raise DtypeError(f"ids is {ids.dtype}.", "Ids are whole numbers.", "ids.long().")
-    if not ids.is_cuda and ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= bank.a.shape[0]:
+    if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= bank.a.shape[0]:
         raise ShapeError(
             f"a row asks for adapter {int(ids.max())} of a bank of {bank.a.shape[0]}.",
             "Ids count from 0.",

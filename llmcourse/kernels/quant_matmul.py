@@ -131,21 +131,47 @@ def run(
         backend: Backend = "reference" if plan.rung == "reference" else "triton" if x.is_cuda else "interpret"
         return x @ dequantize(packed, scale, zero, bits, group, k, x.dtype, backend=backend).T
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    interpret = not x.is_cuda
-    strides = scale_strides(scale)
-    by_group = group < k
+    kernel, grid, arguments, meta = launch_of(x, packed, scale, zero, out, bits, group, plan, quick=x.is_cuda)
+    launch(kernel, grid, *arguments, interpret=not x.is_cuda, **meta)
+    return out
+
+
+def launch_of(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    out: Tensor,
+    bits: int,
+    group: int,
+    plan: QuantPlan,
+    *,
+    quick: bool,
+) -> tuple[Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """(kernel, grid, arguments, constants) of the plan's launch, which writes out [M, N].
+
+    quick   codes become floats by inline PTX, which the interpreter cannot run
+    """
+    (m, k), n = x.shape, packed.shape[0]
+    by_group = group if group < k else 0
     paired = bits == 4 and pairs_of(x)
     rows = x.view(torch.int32) if paired else x
-    meta = {"BITS": bits, "PAIRED": paired, "QUICK": not interpret and x.dtype.itemsize == 2}
-    meta |= {"BLOCK_N": plan.block_n, "num_warps": plan.warps, "num_stages": plan.stages}
+    step = plan.block_k * plan.substeps
+    meta = {
+        "BITS": bits,
+        "GROUP": by_group,
+        "BLOCK_N": plan.block_n,
+        "EVEN_K": k % step == 0,
+        "PAIRED": paired,
+    }
+    meta |= {"num_warps": plan.warps, "num_stages": plan.stages}
+    sizes = (rows.stride(0), packed.stride(0), *scale_strides(scale))
     if plan.rung == "gemv":
-        chunk = chunk_of(group, min(128, plan.block_k)) if by_group else min(128, plan.block_k)
-        meta |= {"GROUP": group if by_group else 0, "CHUNK": chunk, "CHUNKS": plan.block_k // chunk}
-        meta |= {"EVEN_K": k % plan.block_k == 0, "QUICK": not interpret}
-        arguments = (rows, packed, scale, zero, out, n, k, rows.stride(0), packed.stride(0), *strides)
-        launch(quant_gemv_kernel, (ceil_div(n, plan.block_n), m), *arguments, interpret=interpret, **meta)
-        return out
-    if by_group and group % plan.block_k:
+        chunk = min(chunk_of(by_group, 128) if by_group else 128, plan.block_k)
+        meta |= {"CHUNK": chunk, "CHUNKS": plan.block_k // chunk, "QUICK": quick}
+        grid = (ceil_div(n, plan.block_n), m)
+        return quant_gemv_kernel, grid, (rows, packed, scale, zero, out, n, k, *sizes), meta
+    if by_group % plan.block_k:
         raise ShapeError(
             f"a step of {plan.block_k} codes with groups of {group}.",
             "All codes of a row in one step are multiplied by one scale after they were summed.",
@@ -154,12 +180,10 @@ def run(
     splits = plan.splits
     sums = torch.empty((splits, m, n) if splits > 1 else (1,), dtype=torch.float32, device=x.device)
     tiles = ceil_div(n, plan.block_n) * ceil_div(m, plan.block_m)
-    meta |= {"GROUP": group if by_group else 0, "BLOCK_M": plan.block_m, "BLOCK_K": plan.block_k}
-    meta |= {"SPLITS": splits, "STAGES": plan.stages, "EVEN_K": k % plan.block_k == 0}
+    meta |= {"BLOCK_M": plan.block_m, "BLOCK_K": plan.block_k, "SUBSTEPS": plan.substeps}
+    meta |= {"STAGES": plan.stages, "QUICK": quick and x.dtype.itemsize == 2}
     tensors = (rows, packed, scale, zero, out, sums, counters_for(tiles, x.device))
-    sizes = (m, n, k, rows.stride(0), packed.stride(0), *strides)
-    launch(quant_dot_kernel, (tiles, splits), *tensors, *sizes, interpret=interpret, **meta)
-    return out
+    return quant_dot_kernel, (tiles, splits), (*tensors, m, n, k, *sizes, splits), meta
 
 
 def pairs_of(x: Tensor) -> bool:

@@ -35,6 +35,7 @@ class QuantPlan:
     block_m    rows of x in a tile; block_n: rows of weights; block_k: codes along K in one step
     warps      of a program; stages: steps whose loads are in flight, and the one computed
     splits     programs that share a tile, each a part of K
+    substeps   of block_k codes whose loads are issued together
     """
 
     rung: str
@@ -44,10 +45,16 @@ class QuantPlan:
     warps: int = 4
     stages: int = 4
     splits: int = 1
+    substeps: int = 1
 
     def loop_bytes(self, bits: int, itemsize: int = 2) -> int:
         """Shared memory of the load pipeline."""
-        return (self.block_n * bits // 8 + self.block_m * itemsize) * self.block_k * (self.stages - 1)
+        return (
+            (self.block_n * bits // 8 + self.block_m * itemsize)
+            * self.block_k
+            * self.substeps
+            * (self.stages - 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -140,9 +147,12 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def parts(plan: QuantPlan, m: int, n: int, k: int, multiprocessors: int) -> int:
-    """Parts of K for about PROGRAMS·4 warps a multiprocessor, none shorter than 4 steps."""
+def parts(plan: QuantPlan, m: int, n: int, k: int, multiprocessors: int, programs: int = PROGRAMS) -> int:
+    """Parts of K for about `programs`·4 warps a multiprocessor, none shorter than 4 steps.
+
+    Each part leaves its sums in float32; all of them together stay below a quarter of the weights' bytes.
+    """
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
-    steps = -(-k // plan.block_k)
-    wanted = PROGRAMS * 4 // plan.warps * multiprocessors / tiles
-    return max(1, min(round(wanted), steps // 4, 16))
+    steps = -(-k // (plan.block_k * plan.substeps))
+    wanted = round(programs * 4 / plan.warps * multiprocessors / tiles)
+    return max(1, min(wanted, steps // 4, max(2, k // (32 * m)), 16))

@@ -4,11 +4,11 @@
     reference   all, unpacked by torch     all                     any device
     select      values and indices once    what stays              decoding, 1 to 4 rows of x
     expand      values and indices once    all, on tensor cores    batches to 64 rows
-    cusparselt  values and its indices     what stays, on sparse   prefill: `torch.sparse.to_sparse_semi_structured`
+    cusparselt  values and its indices     what stays, on sparse   prefill
                                            tensor cores
 
-NVIDIA's library arranges its indices in its own way and serves large products; `sparse24_kernel` says how the two
-kernels here work, and `bench.sparse24` where each of them pays.
+The last is `torch.sparse.to_sparse_semi_structured`. NVIDIA's library arranges its indices in its own way and serves large products; `sparse24_kernel` says how
+the two kernels here work, and `bench.sparse24` where each of them pays.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     indices   1 3   0 1   …   2 bits each, 4 a group           [N, K/16]   K/8      together 9/16 of dense
 
 A word of 16 bits holds the places of four groups, the first group in its lowest bits, and within a group the
-first place in the lower two. Places of a group ascend, so that the first is 0, 1 or 2 and the second 1, 2 or 3.
-A group with fewer than two non-zero weights keeps zeros too. Rows are filled up to a multiple of 16 columns
-with groups of zeros, so that every row begins where 16-byte loads may.
+first place in the lower two. Places of a group ascend, so that the first is 0, 1 or 2 and the second 1, 2 or
+3. A group with fewer than two non-zero weights keeps zeros too. Rows are filled up to a multiple of 16
+columns with groups of zeros, so that every row begins where 16-byte loads may.
 """
 
 from __future__ import annotations

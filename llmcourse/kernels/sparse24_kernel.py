@@ -1,15 +1,16 @@
-"""y = x Wᵀ for a 2:4 packed W [N, K] and x [M, K]: two kernels that read what stays and where it was, no more.
+"""y = x Wᵀ for a 2:4 packed W [N, K] and x [M, K], reading what stays and where it was, no more.
 
-Decoding waits for weights, so 9/16 of the bytes is up to 16/9 of the speed, if finding the inputs that belong to
-the weights costs less than what is no longer read. A gather from memory for each weight would not. But a weight
-that stays is one of four neighbours, so its input is one of four numbers, which are in registers already:
+Decoding waits for weights, so 9/16 of the bytes is up to 16/9 of the speed, if finding the inputs that
+belong to the weights costs less than what is no longer read. A gather from memory for each weight would not.
+But a weight that stays is one of four neighbours, so its input is one of four numbers, which are in
+registers already:
 
-    select   M ≤ 4      of four inputs, each weight picks its own: two selects on two bits. Then multiply and add
-    expand   any M      two weights become four again, by selects, in registers; tensor cores multiply. The work
-                        of unpacking is shared by all rows of x, and the zeros are multiplied like the rest
+    select   M ≤ 4      of four inputs, each weight picks its own: two selects on two bits; multiply, add
+    expand   any M      two weights become four again, by selects, in registers; tensor cores multiply. All
+                        rows of x share the unpacking, and the zeros are multiplied like the rest
 
-`select` saves bytes and half of the arithmetic, `expand` saves bytes only. With large M reading the weights takes
-little of the time, and both lose to a dense product, or to one on sparse tensor cores.
+`select` saves bytes and half of the arithmetic, `expand` saves bytes only. With large M reading the weights
+takes little of the time, and both lose to a dense product, or to one on sparse tensor cores.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from llmcourse.kernels.language import tl, triton
 
 
 @triton.jit
-def _tile(values, indices, rows, inside, start, K, v_stride, i_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """First and second weights of a tile's groups [BLOCK_N, BLOCK_K / 16, 4], and its words [.., 1] of places."""
+def _tile(
+    values, indices, rows, inside, start, K, v_stride, i_stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """First and second weights of a tile's groups [BLOCK_N, BLOCK_K / 16, 4]; its index words [.., 1]."""
     WORDS: tl.constexpr = BLOCK_K // 16
     kept, word = tl.arange(0, BLOCK_K // 2), tl.arange(0, WORDS)
     line = rows.to(tl.int64)[:, None]
@@ -65,12 +68,13 @@ def select_kernel(
 @triton.jit
 def expand_kernel(
     x, values, indices, y, workspace, counters, M, N, K, FILLED, x_stride, v_stride, i_stride, y_stride,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES:
+    tl.constexpr,
 ):  # fmt: skip
     """Program (i, s) adds part s of K to tile i [BLOCK_N, BLOCK_M] of yᵀ. counters are 0 before and after.
 
-    workspace [SPLITS, M, N] of float32 holds the parts' sums; the last program of a tile to finish adds them up
-    in order, as in `matmul_splitk`.
+    workspace [SPLITS, M, N] of float32 holds the parts' sums; the last program of a tile to finish adds them
+    up in order, as in `matmul_splitk`.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile, part = tl.program_id(0), tl.program_id(1)

@@ -1,7 +1,7 @@
 """How the 2:4 kernels are launched: which of the two, and the tiles. Speed only; results do not depend on it.
 
-The figures that chose these plans come from `bench.sparse24 --sweep` once it has run on a GPU; `candidates` is
-what it tries.
+The figures that chose these plans come from `bench.sparse24 --sweep` once it has run on a GPU; `candidates`
+is what it tries.
 """
 
 from __future__ import annotations

@@ -113,6 +113,19 @@ QUANTIZATION_ANSWERS = (
 )
 """Quantization and its kernels, ready-made."""
 
+PRUNING_ANSWERS = (
+    *MODEL_ANSWERS[:4],
+    *(f"llmcourse.{name}" for name in ("models", "engine", "plug", "train", "compress", "finetune")),
+    *(f"llmcourse.kernels.sparse24{part}" for part in ("", "_kernel", "_format", "_plan")),
+)
+"""Masks, updates and packed products, ready-made; the kernels' counters stay."""
+
+DISTILLATION_ANSWERS = (*MODEL_ANSWERS, "llmcourse.compress", "trl")
+"""Losses, chunked steps and acceptance rates, ready-made."""
+
+LORA_ANSWERS = (*MODEL_ANSWERS, "peft", "llmcourse.finetune", "llmcourse.compress")
+"""Adapters, and many of them in a batch, ready-made."""
+
 LABS = (
     Lab("01", "backprop", "A reverse-mode engine", forbidden=NUMPY_ONLY),
     Lab("02", "activations_losses_optimizers", "What a training step is made of", forbidden=MODEL_ANSWERS),
@@ -128,6 +141,9 @@ LABS = (
     Lab("12", "training_memory", "Training in little memory", forbidden=MODEL_ANSWERS),
     Lab("13", "distributed_training", "Many workers, few bytes", forbidden=DISTRIBUTED_ANSWERS),
     Lab("14", "quantization", "Weights in four bits", forbidden=QUANTIZATION_ANSWERS),
+    Lab("15", "lora", "Corrections of low rank", forbidden=LORA_ANSWERS),
+    Lab("17", "pruning", "Half of the weights, half of the bytes", forbidden=PRUNING_ANSWERS),
+    Lab("16", "distillation", "A small model learns from a large one", forbidden=DISTILLATION_ANSWERS),
 )
 
 

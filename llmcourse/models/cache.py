@@ -110,6 +110,10 @@ class KVCache:
 
     layers    one `State` a layer
     lengths   tokens read of each sequence, a list of B integers
+    stored    None: attention layers keep tokens in `dtype`; int8, fp8: in 8 bits (`models.quantized_cache`).
+              Other layers keep what they keep
+
+    Raises UnknownNameError, or ShapeError where there is no attention layer to store so.
     """
 
     def __init__(
@@ -120,11 +124,23 @@ class KVCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        stored: str | None = None,
     ) -> None:
         from llmcourse.models.mixers import MIXERS
 
+        states = {kind: MIXERS[kind].state for kind in config.kinds}
+        if stored is not None:
+            from llmcourse.models.quantized_cache import stored_as
+
+            states |= {"attention": stored_as(stored)}
+            if "attention" not in config.kinds:
+                raise ShapeError(
+                    f"a cache in {stored} was asked for layers {sorted(set(config.kinds))}.",
+                    "Only attention to all tokens keeps a key and a value of each.",
+                    "stored = None.",
+                )
         self.layers: list[State] = [
-            MIXERS[kind].state(config, batch, max_len, dtype=dtype, device=device) for kind in config.kinds
+            states[kind](config, batch, max_len, dtype=dtype, device=device) for kind in config.kinds
         ]
         self.kinds, self.dtype = config.kinds, dtype
         self.max_len = max_len

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from llmcourse.errors import DeviceError, ModelError
 from llmcourse.models.config import ModelConfig
@@ -20,7 +22,8 @@ def load(
     """The model and its tokenizer, ready to run.
 
     path     None: the course's SmolLM2-135M-Instruct (fetched once, then cached). Otherwise a GGUF
-             file of architecture llama, or a Llama/Mistral/Qwen2/Qwen3 safetensors folder.
+             file of architecture llama, a Llama/Mistral/Qwen2/Qwen3 safetensors folder, or a folder
+             that `compress.saving.save` wrote, whose quantized layers stay quantized.
     device   cpu, cuda, or auto (cuda where there is one)
     dtype    float32, bfloat16, float16, or auto (bfloat16 on cuda, float32 on cpu)
 
@@ -33,6 +36,8 @@ def load(
 
         path = model_path()
     path = Path(path).expanduser()
+    if path.is_dir() and (own := _saved(path)) is not None:
+        return own.to(place, number).eval().requires_grad_(False), Tokenizer.from_folder(path)
     if path.is_dir():
         config, state = read_folder(path)
         tokenizer = Tokenizer.from_folder(path)
@@ -48,19 +53,36 @@ def load(
     return assemble(config, state).to(place, number).eval().requires_grad_(False), tokenizer
 
 
-def assemble(config: ModelConfig, state: dict[str, torch.Tensor]) -> Transformer:
+def _saved(folder: Path) -> Transformer | None:
+    """The model in a folder that this package wrote; None for another's folder."""
+    from llmcourse.compress import saving
+
+    return saving.read(folder) if saving.is_saved(folder) else None
+
+
+def assemble(
+    config: ModelConfig, state: dict[str, torch.Tensor], layers: Mapping[str, nn.Module] | None = None
+) -> Transformer:
     """A model of these sizes around these weights, which are neither copied nor moved.
+
+    layers   modules that stand in the place of some of its own, by name, with the weights they have
 
     Raises ModelError that names the first weight that is missing, has another shape, or has no place.
     """
     with torch.device("meta"):
         model = Transformer(config)
     model.rope = type(model.rope)(config)  # its tables are no weights: they are made, not read
-    if config.tie_embeddings and "embedding.weight" in state:
+    layers = layers or {}
+    for name in layers:
+        model.set_submodule(name, nn.Identity())
+    tied = config.tie_embeddings and "head" not in layers
+    if tied and "embedding.weight" in state:
         state = state | {"head.weight": state["embedding.weight"]}
     check_shapes(config, model, state)
     model.load_state_dict(state, assign=True)
-    if config.tie_embeddings:
+    for name, module in layers.items():
+        model.set_submodule(name, module)
+    if tied:
         model.head.weight = model.embedding.weight
     return model
 

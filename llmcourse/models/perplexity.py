@@ -18,11 +18,12 @@ from llmcourse.models.transformer import Transformer
 
 
 @torch.inference_mode()
-def perplexity(model: Transformer, tokens: Tensor, *, piece: int = 0) -> float:
+def perplexity(model: Transformer, tokens: Tensor, *, piece: int = 0, stored: str | None = None) -> float:
     """exp of the mean of −log p(token | all before it), over tokens 1 … S−1 of [B, S].
 
     piece   tokens that are read at once, through a cache: the model is measured as it serves, and in
             bounded memory; 0: the whole text in one pass, without a cache
+    stored  int8 or fp8: that cache in 8 bits
 
     Raises   ShapeError for fewer than two tokens (the first has nothing before it) or a negative piece.
     """
@@ -34,7 +35,8 @@ def perplexity(model: Transformer, tokens: Tensor, *, piece: int = 0) -> float:
         )
     at_least(0, piece=piece)
     batch, length = tokens.shape
-    cache = KVCache(model.config, batch, length, dtype=model.dtype, device=model.device) if piece else None
+    like = {"dtype": model.dtype, "device": model.device}
+    cache = KVCache(model.config, batch, length, stored=stored, **like) if piece else None
     loss = 0.0
     for start in range(0, length - 1, piece or length):
         part = tokens[:, start : min(start + (piece or length), length - 1)]

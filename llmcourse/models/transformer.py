@@ -48,8 +48,9 @@ class Transformer(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters (a tied output head counts once)."""
-        return sum(p.nbytes for p in self.parameters())
+        """Bytes of all parameters (a tied output head counts once) and of all quantized layers."""
+        inside = (m for m in self.modules() if m is not self)
+        return sum(p.nbytes for p in self.parameters()) + sum(getattr(m, "weight_bytes", 0) for m in inside)
 
     def fuse(self, on: bool = True) -> Transformer:
         """Run Q/K/V, and gate/up, as one matrix product each (on) or apart (off). Same weights."""

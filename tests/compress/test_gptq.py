@@ -139,3 +139,10 @@ def test_matrices_that_do_not_fit_and_no_damping_are_refused():
         gptq(weight, gram[:7, :7], Scheme(4))
     with pytest.raises(ShapeError, match="damping = 0"):
         gptq(weight, gram, Scheme(4), damping=0.0)
+
+
+def test_a_matrix_that_cannot_be_a_gram_matrix_is_refused():
+    weight, gram = case(4, 8, 20)
+    for broken in (-gram, gram * torch.nan):
+        with pytest.raises(ShapeError, match="not positive definite"):
+            gptq(weight, broken, Scheme(4))

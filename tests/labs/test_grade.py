@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from classroom import LAB, ROOT, hand_in
+from classroom import LAB, ROOT, hand_in, read
 
 from llmcourse import cli
 from llmcourse.errors import SandboxError, UnknownNameError
@@ -53,6 +53,20 @@ def marks(course: Path) -> dict[str, float]:
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("number", ["12", "13"])
+def test_a_solved_notebook_gets_all_points_and_a_fresh_one_none(number, tmp_path):
+    """Hidden tests included: what they call runs in the sandbox, and only plain data comes back."""
+    lab = find_lab(number)
+    hand_in(tmp_path / "submissions", "right", lab=lab.name)
+    cells = [c for c in read("labs", lab.name)["cells"] if c["metadata"].get("nbgrader", {}).get("solution")]
+    stubs = {cell["metadata"]["nbgrader"]["grade_id"]: cell["source"] for cell in cells}
+    hand_in(tmp_path / "submissions", "fresh", lab=lab.name, **stubs)
+    assert cli.main(["grade", str(tmp_path / "submissions"), "--course", str(tmp_path / "course")]) == 0
+    with Course(tmp_path / "course") as book:
+        found = {score.student: score.points for score in book.scores(lab)}
+    assert found == {"right": lab.points, "fresh": 0}
 
 
 def test_a_killed_run_goes_on_and_loses_nobody(tmp_path):

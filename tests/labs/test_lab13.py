@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmcourse.errors import CourseError
+from llmcourse.grading.compare import Mismatch
 from llmcourse.grading.perform import Call, perform
 from llmcourse.grading.plain import pack, unpack
 from llmcourse.grading.trial import LocalSubject, Trial
@@ -134,15 +135,16 @@ def test_the_layer_that_judges_equals_torch_s_autograd(cut):
     assert torch.allclose(weights.float(), weight.grad, atol=1e-5)
 
 
-@pytest.mark.parametrize(("stages", "micros"), [(1, 3), (2, 5), (4, 4), (5, 3), (6, 11)])
-def test_the_simulation_that_judges_equals_the_package_s(stages, micros):
-    for orders in (schedule.gpipe(stages, micros), schedule.one_f_one_b(stages, micros)):
-        for backward in (1.0, 2.0, 3.5):
-            mine = order_file.simulate(orders, 1.0, backward)
-            theirs = schedule.simulate(orders, forward=1.0, backward=backward)
-            assert mine.makespan == theirs.makespan
-            assert mine.held == [theirs.peak(s) for s in range(stages)]
-            assert math.isclose(mine.bubble, theirs.bubble, abs_tol=1e-12)
+def test_stages_that_wait_in_a_circle_are_told_as_the_package_tells_it():
+    found = str(verdict("one_f_one_b", mistake("one_f_one_b", "warm_up_reversed")))
+    assert "the stages wait for each other and none goes on: stage 0 at B0 waits for B0 of stage 1" in found
+    assert "Traceback" not in found
+    with pytest.raises(
+        Mismatch, match=r"stage 0 at B0 waits for B0 of stage 1; stage 1 at F1 waits for F1 of"
+    ):
+        order_file.simulate(
+            [[("F", 0), ("B", 0), ("F", 1), ("B", 1)], [("F", 0), ("F", 1), ("B", 0), ("B", 1)]]
+        )
 
 
 def test_a_right_order_is_the_package_s():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcourse.grading.compare import Mismatch, describe
 from llmcourse.grading.exercise import Exercise
 from llmcourse.grading.trial import Trial
+
+if TYPE_CHECKING:  # a list of labs need not wait for PyTorch
+    from llmcourse.train.parallel.schedule import Timeline
 
 one_f_one_b = Exercise(
     "one_f_one_b",
@@ -46,46 +48,14 @@ one_f_one_b = Exercise(
 Line = list[tuple[str, int]]
 
 
-@dataclass(frozen=True)
-class Ran:
-    """A simulated pipeline: time in all, each stage's time at work, the most micro-batches that each held."""
+def simulate(lines: Sequence[Line], forward: float = 1.0, backward: float = 2.0) -> Timeline:
+    """Run the stages' orders as the package does; Mismatch when they wait for each other in a circle."""
+    from llmcourse.train.parallel import schedule
 
-    makespan: float
-    busy: list[float]
-    held: list[int]
-
-    @property
-    def bubble(self) -> float:
-        return 1 - sum(self.busy) / (len(self.busy) * self.makespan)
-
-
-def simulate(lines: Sequence[Line], forward: float = 1.0, backward: float = 2.0) -> Ran:
-    """Run the stages' orders; Mismatch when they wait for each other in a circle."""
-    stages = len(lines)
-    ends: dict[tuple[int, str, int], float] = {}
-    free, at = [0.0] * stages, [0] * stages
-    held, most, busy = [0] * stages, [0] * stages, [0.0] * stages
-    while any(at[s] < len(lines[s]) for s in range(stages)):
-        moved = False
-        for s, line in enumerate(lines):
-            while at[s] < len(line):
-                kind, i = line[at[s]]
-                before = s - 1 if kind == "F" else s + 1
-                if 0 <= before < stages and (before, kind, i) not in ends:
-                    break
-                cost = forward if kind == "F" else backward
-                free[s] = max(free[s], ends.get((before, kind, i), 0.0)) + cost
-                ends[s, kind, i] = free[s]
-                busy[s] += cost
-                held[s] += 1 if kind == "F" else -1
-                most[s] = max(most[s], held[s])
-                at[s] += 1
-                moved = True
-        if not moved:
-            stuck = [s for s in range(stages) if at[s] < len(lines[s])]
-            told = "; ".join(f"stage {s} before {lines[s][at[s]][0]}{lines[s][at[s]][1]}" for s in stuck)
-            raise Mismatch(f"the stages wait for each other and none goes on: {told}")
-    return Ran(max(free), busy, most)
+    try:
+        return schedule.simulate(lines, forward=forward, backward=backward)
+    except schedule.ScheduleError as error:
+        raise Mismatch(f"{error.what.rstrip('.')}: {error.why.rstrip('.')}") from None
 
 
 def _line(t: Trial, stage: int, stages: int, micros: int) -> Line:
@@ -151,9 +121,10 @@ def bubble(t: Trial) -> None:
 @one_f_one_b.check("stage s holds the activations of p − s micro-batches at most, however many there are")
 def memory(t: Trial) -> None:
     for stages, micros in _sizes(t):
-        for s, held in enumerate(simulate(_pipeline(t, stages, micros)).held):
+        ran = simulate(_pipeline(t, stages, micros))
+        for s in range(stages):
             t.at_most(
-                held,
+                ran.peak(s),
                 min(stages - s, micros),
                 f"micro-batches that stage {s} of {stages} holds at once, m = {micros}",
                 "a backward after each forward, as soon as the warm-up is over.",
@@ -169,9 +140,9 @@ def few(t: Trial) -> None:
             ran.bubble < ideal + 1e-9,
             f"idle for {ran.bubble:.1%} of the time with p = {stages}, m = {micros}; {ideal:.1%} is possible",
         )
-        for s, held in enumerate(ran.held):
+        for s in range(stages):
             what = f"micro-batches that stage {s} of {stages} holds, m = {micros}"
-            t.at_most(held, min(stages - s, micros), what)
+            t.at_most(ran.peak(s), min(stages - s, micros), what)
 
 
 # ── mistakes ─────────────────────────────────────────────────────────────────────────────────────

@@ -101,7 +101,8 @@ def _within_half(t: Trial, weight: Any, group: int) -> None:
         t.holds(
             False,
             f"weight [{r}, {c}] = {w[r, c]:.5g} is read back as {got[r, c]:.5g}: "
-            f"{abs(got - w)[r, c] / step[r, c]:.2f} steps away, expected at most 0.5 (and {int(far.sum()) - 1} more of {far.size})",
+            f"{abs(got - w)[r, c] / step[r, c]:.2f} steps away, expected at most 0.5 "
+            f"(and {int(far.sum()) - 1} more of {far.size})",
         )
     t.close(got[w == 0], w[w == 0], "weights that are 0", atol=0.0)
 

@@ -112,7 +112,8 @@ class CompressedDataParallel:
     link    an emulated slow link that packets take; None for the real one alone
 
     The model's weights must be equal on all ranks at the start. Its parameters become views into one flat
-    tensor: make the optimizer from them as usual, before or after.
+    tensor: make the optimizer from them as usual, before or after. On a GPU packets are exchanged on a stream
+    of their own: on the model's, its next step would stand in line behind them.
     """
 
     def __init__(
@@ -130,14 +131,16 @@ class CompressedDataParallel:
             p.data = view
         self.worker = Worker(flat, wire.rank, wire.size, how, seed=seed)
         self.wire, self.link, self.step = wire, link, 0
+        self._stream = torch.cuda.Stream(flat.device) if flat.is_cuda else None
         self._thread = ThreadPoolExecutor(1, "packets")
         self._under_way: tuple[int, Future[Tensor]] | None = None
 
     def synchronise(self) -> None:
         """Send a part of this step's move, and add the averages of the step before (or of this)."""
         packets = self.worker.outgoing(self.step)
+        made = torch.cuda.current_stream(packets.device).record_event() if self._stream is not None else None
         self._arrive()
-        self._under_way = self.step, self._thread.submit(self._exchange, self.step, packets)
+        self._under_way = self.step, self._thread.submit(self._exchange, self.step, packets, made)
         if not self.worker.how.delay:
             self._arrive()
         self.step += 1
@@ -155,8 +158,17 @@ class CompressedDataParallel:
             self._under_way = None
             self.worker.incoming(step, packets.result())
 
-    def _exchange(self, step: int, packets: Tensor) -> Tensor:
+    def _exchange(self, step: int, packets: Tensor, made: torch.cuda.Event | None) -> Tensor:
         """In the thread: packets to the servers, and the servers' answers to all, uint8 [W, bytes]."""
+        if self._stream is None or made is None:
+            return self._by_way_of_the_servers(step, packets)
+        with torch.cuda.device(packets.device), torch.cuda.stream(self._stream):  # both are a thread's own
+            self._stream.wait_event(made)
+            answers = self._by_way_of_the_servers(step, packets)
+        self._stream.synchronize()  # so that whoever gets the answers may use and free them on any stream
+        return answers
+
+    def _by_way_of_the_servers(self, step: int, packets: Tensor) -> Tensor:
         mine = torch.empty_like(packets)
         with _on(self.link, self.wire):
             self.wire.all_to_all(mine, packets)

@@ -98,6 +98,8 @@ class Sampler:
 
     def at(self, step: int) -> Tensor:
         """Sorted positions: those of slice step % rounds of the permutation that this round has drawn."""
+        if self.rounds == 1:
+            return torch.arange(self.weights)
         number, part = divmod(step, self.rounds)
         drawn, order = self._round
         if drawn != number:

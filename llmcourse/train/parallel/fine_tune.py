@@ -8,10 +8,11 @@ same link.
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,11 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """plays of the text, the sequences of each worker's batch and their length, steps and highest rate."""
+    """plays of the text, the sequences of each worker's batch and their length, steps and highest rate.
+
+    width, layers   of the GPT;  seed   of its first weights, of the text's order and of what is sampled
+    tested          batches of unseen text at the end; 0 leaves that out
+    """
 
     plays: int = 2
     batch: int = 8
@@ -41,9 +46,16 @@ class Task:
     steps: int = 150
     lr: float = 5e-4
     seed: int = 0
+    width: int = 64
+    layers: int = 2
+    tested: int = 3
 
     def text(self) -> Text:
         return Text.shakespeare(self.plays)
+
+    def model(self, vocab_size: int) -> Transformer:
+        sizes = {"d_model": self.width, "head_dim": self.width // 4, "d_ff": 2 * self.width}
+        return build(Transformer, small(vocab_size, self.layers, **sizes), seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -52,40 +64,53 @@ class Run:
 
     sent       bytes that a worker sends in a step
     seconds    of a step, waiting for the link included: the whole run divided by its steps
+    times      seconds of each step; what the last ones send is waited for after them
+    weights    how many the model has
     """
 
     losses: list[float]
     held_out: float
     sent: float
     seconds: float
+    times: list[float]
+    weights: int
 
 
 @one_thread()
 def pretrain(task: Task, steps: int) -> Weights:
     """A GPT of 86,000 weights after so many steps in this process; after none, as it was drawn."""
     text = task.text()
-    model = build(Transformer, small(text.vocab_size), seed=task.seed)
+    model = task.model(text.vocab_size)
     if steps:
         fit(model, text.batches(batch=16, length=task.length, seed=task.seed), steps=steps, lr=1e-2)
     return model.state_dict()
 
 
 def fine_tune(
-    context: WorkerContext, weights: Weights, task: Task, how: Cocktail | None, link: Link | None = None
+    context: WorkerContext,
+    weights: Weights,
+    task: Task,
+    how: Cocktail | torch.dtype | None,
+    link: Link | None = None,
 ) -> Run:
-    """As one rank: train on from `weights`; `how` None sends every gradient."""
+    """As one rank: train on from `weights`. `how` None sends every gradient, a type every gradient in it."""
     text = task.text()
-    model = build(Transformer, small(text.vocab_size), seed=task.seed)
+    model = task.model(text.vocab_size)
     model.load_state_dict(weights)
+    model.to(context.device)
     wire = Wire(dist.new_group())
     parallel = (
-        Dense(model, wire, link) if how is None else CompressedDataParallel(model, wire, how, link=link)
+        CompressedDataParallel(model, wire, how, link=link, seed=task.seed)
+        if isinstance(how, Cocktail)
+        else Dense(model, wire, link, how)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, betas=(0.9, 0.98))
-    batches = text.batches(batch=task.batch, length=task.length, seed=10 + context.rank)
+    batches = text.batches(
+        batch=task.batch, length=task.length, seed=10 + context.rank + 100 * task.seed, device=context.device
+    )
     wire.reset()  # the weights were made equal through it
     dist.barrier()
-    losses, began = [], time.perf_counter()
+    losses, ends = [], [time.perf_counter()]
     for step, batch in enumerate(islice(batches, task.steps)):
         optimizer.param_groups[0]["lr"] = task.lr * scale_at(step, task.steps, max(1, task.steps // 10))
         loss = cross_entropy(model, batch)
@@ -98,19 +123,32 @@ def fine_tune(
         if isinstance(parallel, CompressedDataParallel):
             parallel.synchronise()
         losses.append(loss.item())
+        ends.append(time.perf_counter())
         if (step + 1) % max(1, task.steps // 3) == 0 and context.rank == 0:
             context.log(f"step {step + 1:4d}  loss {sum(losses[-10:]) / len(losses[-10:]):.3f}")
     if isinstance(parallel, CompressedDataParallel):
         parallel.finish()
-    seconds = (time.perf_counter() - began) / task.steps
-    return Run(losses, held_out_loss(model, task, text), wire.total_bytes / task.steps, seconds)
+    seconds = (time.perf_counter() - ends[0]) / task.steps
+    return Run(
+        losses,
+        held_out_loss(model, task, text),
+        wire.total_bytes / task.steps,
+        seconds,
+        [after - before for before, after in pairwise(ends)],
+        sum(p.numel() for p in model.parameters()),
+    )
 
 
 class Dense(DataParallel):
-    """Data parallel whose buckets take an emulated link, in a thread, while backward goes on."""
+    """Data parallel whose buckets take an emulated link, in a thread, while backward goes on.
 
-    def __init__(self, model: nn.Module, wire: Wire, link: Link | None) -> None:
-        self.link, self._thread = link, ThreadPoolExecutor(1, "buckets")
+    sent_as   the type in which gradients travel and are summed; None: their own
+    """
+
+    def __init__(
+        self, model: nn.Module, wire: Wire, link: Link | None, sent_as: torch.dtype | None = None
+    ) -> None:
+        self.link, self.sent_as, self._thread = link, sent_as, ThreadPoolExecutor(1, "buckets")
         super().__init__(model, wire, bucket_bytes=100_000, exchange=self._start)
 
     def _start(self, index: int, flat: Tensor) -> Sending:
@@ -118,11 +156,14 @@ class Dense(DataParallel):
 
     def _send(self, flat: Tensor) -> None:
         flat /= self.wire.size
+        sent = flat if self.sent_as is None else flat.to(self.sent_as)
         if self.link is None:
-            self.wire.all_reduce(flat)
+            self.wire.all_reduce(sent)
         else:
             with self.link.carrying(self.wire):
-                self.wire.all_reduce(flat)
+                self.wire.all_reduce(sent)
+        if sent is not flat:
+            flat.copy_(sent)
 
 
 @dataclass
@@ -137,6 +178,9 @@ class Sending:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, task: Task, text: Text) -> float:
-    """Nats a character on text that no worker has seen, the same for every run."""
-    batches = text.batches(batch=64, length=task.length, seed=99, held_out=True)
-    return sum(cross_entropy(model, batch).item() for batch in islice(batches, 3)) / 3
+    """Nats a character on text that no worker has seen, the same for every run; NaN where none is asked."""
+    if not task.tested:
+        return math.nan
+    device = next(model.parameters()).device
+    batches = text.batches(batch=64, length=task.length, seed=99, held_out=True, device=device)
+    return sum(cross_entropy(model, batch).item() for batch in islice(batches, task.tested)) / task.tested

@@ -79,7 +79,7 @@ def context_from_environment(backend: str, timeout: float) -> WorkerContext:
 
 
 def leave() -> None:
-    """End the process group, and gloo's threads: one that still works while Python ends aborts the process."""
+    """End the process group and gloo's threads: one that works while Python ends aborts the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
         gc.collect()  # groups in reference cycles, with their threads
