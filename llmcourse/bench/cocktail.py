@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,7 +25,12 @@ from llmcourse.errors import DeviceError
 from llmcourse.train.parallel.compress import PAPER, Cocktail
 from llmcourse.train.parallel.fine_tune import Task, Weights, fine_tune, pretrain
 from llmcourse.train.parallel.launch import run_workers
-from llmcourse.train.parallel.link import Link
+from llmcourse.train.parallel.link import Link, StepTime
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from llmcourse.bench.records import Record
 
 Row = dict[str, Any]
 DENSE = "all gradients, float32"
@@ -65,8 +70,8 @@ def run(device: str) -> tuple[list[Row], list[str]]:
         f"loss: {PRETRAINED} steps in one process, then {LOSS.steps} on all workers, each with batches of "
         f"{LOSS.batch} × {LOSS.length} characters; held_out in nats a character, above_dense in percent.",
         f"time: {TIME.layers} layers of width {TIME.width}, batches of {TIME.batch} × {TIME.length} tokens; "
-        f"median of {ROUNDS * (TIME.steps - 1)} steps of the slower worker. Compressing is plain PyTorch; the top "
-        "2 % are looked for among all weights.",
+        f"median of {ROUNDS * (TIME.steps - 1)} steps of the slower worker. Compressing is plain PyTorch; "
+        "the top 2 % are looked for among all weights.",
         "Links are emulated: the real bytes of the real exchange, made to last as long as on a link of that "
         "speed, without latency. Sending overlaps with computing in every way.",
         "bytes_a_step are those that one worker sends.",
@@ -135,3 +140,34 @@ def timed(
         "sending_ms": None if link is None else 1e3 * link.seconds(sent),
     }
     return row, [max(both) for both in zip(*(r.times[1:] for r in results), strict=True)]
+
+
+# ------------------------------------------------------------------------------------------- a record, shown
+
+
+def ends(record: Record) -> list[str]:
+    """A line for each way and number of workers: how far above all gradients the loss ends, at most."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in record.results:
+        if row["name"] == "loss" and row["sent"] != DENSE:
+            found.setdefault((row["sent"], row["workers"]), []).append(row["above_dense"])
+    return [
+        f"{sent}, {workers} workers: {max(above):.2f} % above all gradients at most (runs: {len(above)})"
+        for (sent, workers), above in found.items()
+    ]
+
+
+def draw(axes: Axes, record: Record) -> None:
+    """A step's time over the link's speed: dots as recorded, lines the larger of computing and sending."""
+    colors = ("#0072B2", "#CC79A7", "#D55E00", "#009E73")
+    speeds = [10 ** (i / 20) for i in range(20, 81)]
+    rows = [row for row in record.results if row["name"] == "time"]
+    for sent, color in zip(WAYS, colors, strict=True):
+        alone, *linked = [row for row in rows if row["sent"] == sent]
+        nbytes, compute = alone["bytes_a_step"], alone["ms"] / 1e3
+        steps = [StepTime(compute, Link(mbit).seconds(nbytes), overlapped=True).step for mbit in speeds]
+        axes.loglog(speeds, [1e3 * s for s in steps], color=color, label=f"{sent}: {nbytes / 1e6:.2f} MB")
+        axes.plot([row["mbit_per_s"] for row in linked], [row["ms"] for row in linked], "o", color=color)
+    axes.set(xlabel="Mbit/s", ylabel="ms a step")
+    axes.set_title(record.caption, fontsize=9)
+    axes.legend(frameon=False, fontsize=8)

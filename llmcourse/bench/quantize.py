@@ -60,11 +60,12 @@ class Sizes:
 
 SIZES = {
     "cuda": Sizes(measured=64, calibrated=64, plays=34, steps=300, batch=16, length=256, lr=1e-4),
-    "cpu": Sizes(measured=8, calibrated=8, plays=4, steps=30, batch=4, length=128, lr=1e-4, alphas=8),
+    "cpu": Sizes(measured=8, calibrated=8, plays=4, steps=24, batch=4, length=128, lr=1e-4, alphas=6),
 }
 INT8, INT4, INT4_LARGE, INT3 = Scheme(8), Scheme(4, 64, False), Scheme(4, 128, False), Scheme(3, 64, False)
 WEIGHTS: tuple[tuple[str, Scheme], ...] = (
     ("RTN", INT8),
+    ("RTN", Scheme(8, 64)),
     ("RTN", Scheme(4, 64)),
     ("RTN", Scheme(4, 64, codes="nf4")),
     *((method, scheme) for scheme in (INT4, INT4_LARGE, INT3) for method in ("RTN", "GPTQ", "AWQ")),

@@ -10,9 +10,10 @@ columns, in which the row comes twice:
 
     [x, x] · [16·scale·(high digits),  scale·(low digits)]
 
-Its sum is still one float32 sum, rounded once. It reads the same 8 bits a weight as PyTorch's kernel for
-INT8 (`_weight_int8pack_mm`), which is used where digits do not fit: that one converts int8 to float32 one
-instruction at a time, and with short rows it spends as long adding up lanes as multiplying.
+Its sum is still one float32 sum, rounded once, and it reads the same 8 bits a weight as PyTorch's kernel for
+INT8 (`_weight_int8pack_mm`). Where a register holds all 16 values of a digit (AVX-512), the look-up is so
+cheap that two digits are faster than that kernel, which spends long on short rows; elsewhere a look-up takes
+two registers and more instructions, and the INT8 kernel is used.
 
 A digit kernel's layout is its own, so the codes are kept a second time, rearranged. The operations are
 PyTorch's but not public; they are used in this file only.
@@ -31,22 +32,34 @@ if TYPE_CHECKING:
 
 Product = Callable[[Tensor], Tensor]  # x [M, K] bfloat16 → [M, N]
 GROUPS = (256, 128, 64, 32)  # digits that can share a scale
-# A kernel unpacks the weight anew for each few rows: with more, one unpacking for all rows is cheaper.
-ROWS = 12
+
+
+def most_rows(bits: int) -> int:
+    """Rows for which a product pays: it unpacks the weight anew for each few; beyond, once is cheaper."""
+    return 36 if bits <= 4 else 12
 
 
 def product(quantized: Quantized) -> Product | None:
-    """A product with these codes for up to `ROWS` rows, or None where no kernel fits."""
+    """A product with these codes for up to `most_rows` rows, or None where no kernel fits."""
     if quantized.codes.device.type != "cpu" or quantized.scheme.codes != "int":
         return None
-    size = group_size(quantized)
-    if size and (quantized.scheme.bits <= 4 or quantized.zero is None):
+    size, few_bits = group_size(quantized), quantized.scheme.bits <= 4
+    bytes_fit = reads_bytes(quantized)
+    if size and (few_bits or quantized.zero is None) and (few_bits or wide_registers() or not bytes_fit):
         return digit_product(quantized, size)
-    # NOTE: the byte kernel checks no length and reads beyond rows that are not whole vectors (torch 2.13).
+    return byte_product(quantized) if bytes_fit else None
+
+
+def wide_registers() -> bool:
+    """Whether a register holds the values of all 16 digits, so that one instruction looks up 16 of them."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def reads_bytes(quantized: Quantized) -> bool:
+    """Whether the INT8 kernel can be used: symmetric codes, one scale a row, rows of whole vectors."""
+    # NOTE: it checks no length, and reads beyond rows that are not whole vectors (torch 2.13: a crash).
     whole = quantized.shape[1] % 32 == 0 and hasattr(torch, "_weight_int8pack_mm")
-    if whole and quantized.zero is None and quantized.scale.shape[1] == 1:
-        return byte_product(quantized)
-    return None
+    return whole and quantized.zero is None and quantized.scale.shape[1] == 1
 
 
 def group_size(quantized: Quantized) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llmcourse.compress.calibrate import Inputs, block_by_block, layers_of
 from llmcourse.compress.masks import Pattern, keep, magnitude_scores, wanda_scores
-from llmcourse.compress.sparsegpt import damped, sparsegpt, update
+from llmcourse.compress.sparsegpt import DAMP, damped, sparsegpt, update
 from llmcourse.errors import ShapeError, UnknownNameError
 from llmcourse.models.transformer import Transformer
 
@@ -43,7 +43,7 @@ class Pruned:
 
 
 def pruned_weight(
-    weight: Tensor, inputs: Inputs | None, method: str, pattern: Pattern, damp: float = 0.01
+    weight: Tensor, inputs: Inputs | None, method: str, pattern: Pattern, damp: float = DAMP
 ) -> Tensor:
     """One layer's weight [N, K] with zeros in it: a new tensor.
 
@@ -85,7 +85,7 @@ def prune(
     *,
     rows: int = 1,
     first: int | None = None,
-    damp: float = 0.01,
+    damp: float = DAMP,
 ) -> Pruned:
     """Set weights of all linear layers of a model's blocks to zero, in place.
 

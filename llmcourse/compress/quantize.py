@@ -17,6 +17,7 @@ scale in 16 bits computes with exactly the weights that were measured here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,15 +111,16 @@ class Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights that the codes stand for, [N, K], computed in float32 and rounded once."""
+        # An integer of 8 bits and its difference to a zero are exact in bfloat16, and PyTorch multiplies in
+        # float32: with a scale in the format that is asked for, one pass over the codes is enough.
+        wide = dtype if self.scale.dtype == dtype == torch.bfloat16 else torch.float32
         if self.scheme.codes != "int":
-            points = (
-                CODEBOOKS[self.scheme.codes].table().to(self.codes.device, torch.float32)[self.codes.int()]
-            )
-        elif self.zero is None:
-            points = self.codes.float()
-        else:
-            points = self.codes.float() - spread(self.zero.float(), self.scheme, self.shape[1])
-        return (points * spread(self.scale.float(), self.scheme, self.shape[1])).to(dtype)
+            table = CODEBOOKS[self.scheme.codes].table().to(self.codes.device, torch.float32)
+            return by_group(torch.mul, table[self.codes.int()], self.scale.float(), self.scheme).to(dtype)
+        points = self.codes
+        if self.zero is not None:
+            points = by_group(torch.sub, points.short(), self.zero.short(), self.scheme)
+        return by_group(torch.mul, points, self.scale.to(wide), self.scheme).to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -140,8 +142,12 @@ class Quantized:
         cls, packed: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: tuple[int, int]
     ) -> Quantized:
         """The inverse of `packed`."""
-        codes = unpack(packed, scheme.bits, shape[1]).int() + scheme.low
-        return cls(codes.to(torch.int8 if scheme.low else torch.uint8), scale, zero, scheme, tuple(shape))
+        codes = unpack(packed, scheme.bits, shape[1])
+        if scheme.low:  # stored + 2^(b−1); of 8 bits that is the highest bit, turned over
+            codes = (
+                (codes ^ 128).view(torch.int8) if scheme.bits == 8 else codes.view(torch.int8) + scheme.low
+            )
+        return cls(codes, scale, zero, scheme, shape)
 
     def to(self, device: torch.device | str) -> Quantized:
         zero = None if self.zero is None else self.zero.to(device)
@@ -193,6 +199,16 @@ def spread(per_group: Tensor, scheme: Scheme, columns: int) -> Tensor:
     if scheme.group in (None, TENSOR):
         return per_group
     return per_group.repeat_interleave(scheme.group, dim=1)[:, :columns]
+
+
+def by_group(
+    op: Callable[[Tensor, Tensor], Tensor], weight: Tensor, per_group: Tensor, scheme: Scheme
+) -> Tensor:
+    """op(weight [N, K], each group's number [N, G] for each of its columns): [N, K]."""
+    groups = per_group.shape[1]
+    if groups == 1 or weight.shape[1] % groups or weight.shape[1] // groups != scheme.group:
+        return op(weight, spread(per_group, scheme, weight.shape[1]))
+    return op(weight.unflatten(1, (groups, -1)), per_group[:, :, None]).flatten(1)  # nothing is repeated
 
 
 def rounded(scale: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcourse.compress.cpu_kernels import ROWS, Product, product
+from llmcourse.compress.cpu_kernels import Product, most_rows, product
 from llmcourse.compress.quantize import Quantized, Scheme, quantize
 from llmcourse.errors import ShapeError
 
@@ -98,7 +98,7 @@ class QuantizedLinear(nn.Module):
         if self.kernels and x.is_cuda and self._on_gpu():
             return self._gpu_product(x)
         rows = x.reshape(-1, self.in_features)
-        if self._on_cpu(x) and 0 < rows.shape[0] <= ROWS and (times := _cpu_product(self)) is not None:
+        if self._on_cpu(rows) and (times := _cpu_product(self)) is not None:
             return times(rows).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.quantized.dequantize(x.dtype))
 
@@ -106,9 +106,10 @@ class QuantizedLinear(nn.Module):
         integers = self.scheme.codes == "int" and self.scheme.bits in (4, 8)
         return integers or self.scheme.codes == "fp8_e4m3"
 
-    def _on_cpu(self, x: Tensor) -> bool:
-        here = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        return self.kernels and here and not torch.compiler.is_compiling()
+    def _on_cpu(self, rows: Tensor) -> bool:
+        here = rows.device.type == "cpu" and rows.dtype == torch.bfloat16
+        few = 0 < rows.shape[0] <= most_rows(self.scheme.bits)
+        return self.kernels and here and few and not torch.compiler.is_compiling()
 
     def _gpu_product(self, x: Tensor) -> Tensor:
         from llmcourse.kernels.quant_matmul import quant_matmul
@@ -172,6 +173,7 @@ def quantize_model(
             continue
         if isinstance(new, Quantized):
             new = QuantizedLinear(new, layer.bias)
+        if isinstance(new, QuantizedLinear):
             new.like = new.like.to(layer.weight.dtype)
         parent, _, last = name.rpartition(".")
         setattr(smaller.get_submodule(parent), last, new)

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from llmcourse.compress.acceptance import compare
-from llmcourse.compress.distill import by_divergence, forward_kl, from_teacher, rewritten, written_by
+from llmcourse.compress.distill import (
+    Divergence,
+    by_divergence,
+    forward_kl,
+    from_teacher,
+    rewritten,
+    written_by,
+)
 from llmcourse.models import ModelConfig, Transformer
 from llmcourse.train.fit import build, cross_entropy, fit, one_thread
 from llmcourse.train.small import small
@@ -86,14 +93,18 @@ def train_student(
     seed: int = 0,
     steps: int = 120,
     temperature: float = 1.0,
+    characters: int = 0,
 ) -> Student:
-    """A student from seed `seed`, trained by one of METHODS, or by a loss for `fit` on its own text."""
+    """A student from seed `seed`, trained by one of METHODS, or by a loss for `fit` on its own text.
+
+    temperature   of soft targets;  characters: that the teacher writes (0: as many as the student's own text)
+    """
     student = build(Transformer, student_config(pair.text.vocab_size), seed=seed)
     batches, loss = batches_of(pair, seed), method
     if method == "soft targets":
         loss = from_teacher(pair.teacher, temperature=temperature)
     elif method == "sequence-level":
-        batches = teachers_text(pair, seed)
+        batches = teachers_text(pair, seed, characters or CHARACTERS)
     if isinstance(loss, str):
         loss = cross_entropy
     fit(student, batches, steps=steps, lr=1e-2, loss=loss)
@@ -101,19 +112,27 @@ def train_student(
 
 
 @one_thread()
-def go_on(pair: Pair, student: Student, *, own_words: bool, seed: int = 0, steps: int = 30) -> Student:
+def go_on(
+    pair: Pair,
+    student: Student,
+    *,
+    own_words: bool,
+    distance: Divergence = forward_kl,
+    seed: int = 0,
+    steps: int = 30,
+) -> Student:
     """More training of a copy, on its own text as it was, or continued by the student at every step."""
     model = copy.deepcopy(student.model)
     batches = pair.own_text(seed).batches(batch=ROWS, length=LENGTH, seed=50 + seed)
     if own_words:
         batches = rewritten(batches, model, prompt=PROMPT, seed=seed)
-    fit(model, batches, steps=steps, lr=5e-3, loss=by_divergence(pair.teacher, forward_kl))
+    fit(model, batches, steps=steps, lr=5e-3, loss=by_divergence(pair.teacher, distance))
     return measured(pair, model)
 
 
-def teachers_text(pair: Pair, seed: int) -> Iterator[Batch]:
-    """As many characters as the student's own text has, written by the teacher after openings from it."""
-    count = CHARACTERS // LENGTH
+def teachers_text(pair: Pair, seed: int, characters: int) -> Iterator[Batch]:
+    """Rows of so many characters in all, written by the teacher after openings from the student's text."""
+    count = characters // LENGTH
     given = next(pair.own_text(seed).batches(batch=count, length=LENGTH, seed=20 + seed))
     written = next(rewritten([given], pair.teacher, prompt=PROMPT, seed=seed))
     generator = torch.Generator().manual_seed(seed)
@@ -130,6 +149,17 @@ def own_words_loss(pair: Pair, model: Transformer, *, seed: int = 0) -> float:
     prompts = batch.inputs[0].repeat(4, 1)[:64, :PROMPT]
     written = written_by(model, prompts, length=40, generator=torch.Generator().manual_seed(seed))
     return cross_entropy(pair.teacher, written).item()
+
+
+@one_thread()
+def written_texts(
+    pair: Pair, *, rows: int = 64, length: int = 40, seed: int = 3
+) -> list[tuple[list[int], list[int]]]:
+    """What the teacher writes after openings of held-out text: pairs of a prompt and what follows it."""
+    prompts = pair.held_out[0].inputs[0].repeat(-(-rows // ROWS), 1)[:rows, :PROMPT]
+    drawn = written_by(pair.teacher, prompts, length=length, generator=torch.Generator().manual_seed(seed))
+    whole = torch.cat((drawn.inputs[0], drawn.targets[:, -1:]), dim=1).tolist()
+    return [(row[:PROMPT], row[PROMPT:]) for row in whole]
 
 
 @torch.no_grad()

@@ -39,10 +39,11 @@ def unit_scores(weight: Tensor, gram: Tensor, size: int) -> Tensor:
     return (w @ w.transpose(1, 2) * g).sum((1, 2))
 
 
-def refit(weight: Tensor, gram: Tensor, stay: Tensor, damp: float = 0.01) -> Tensor:
+def refit(weight: Tensor, gram: Tensor, stay: Tensor, damp: float = 1.0) -> Tensor:
     """The weight [N, S] on the columns `stay` [S] that comes closest to weight [N, K], by the gram.
 
-    damp   of the diagonal, as a share of its mean
+    damp   of the diagonal, as a share of its mean: the larger, the closer to weight[:, stay]. Of few tokens
+           a small one fits noise.
     """
     g = gram.double()
     g = g + damp * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype, device=g.device)

@@ -139,7 +139,7 @@ def lora_of(fields: dict[str, Any]) -> LoRA:
         if fields.get(name, plain) not in (plain, None, False, [], {}):
             raise ModelError(
                 f"the adapter was trained with {name} = {fields[name]!r:.60}.",
-                "These layers know y = W·x + s·B·A·x with one rank and one s; they would compute another model.",
+                "These layers know y = W·x + s·B·A·x with one rank and one s, and would compute another.",
                 "merging it with peft (merge_and_unload), and loading the merged model.",
             )
     names = {module.split(".")[1]: target for target, module in MODULES.items()}

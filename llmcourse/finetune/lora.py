@@ -6,8 +6,8 @@ Trained are r·(M + K) numbers in place of M·K, and gradient, optimizer state a
 What does not shrink: the forward pass, and the activations that lie on the way to the adapters.
 
 The frozen matrix has no gradient and no optimizer state, so nothing forbids to keep it in four bits: QLoRA
-(Dettmers et al. 2023, arXiv:2305.14314) is `attach` on a model of `compress.quantize_model`, whose layers pass
-gradients through to x.
+(Dettmers et al. 2023, arXiv:2305.14314) is `attach` on a model of `compress.quantize_model`, whose
+layers pass gradients through to x.
 
 B begins as zeros, so that the first step starts from the model as it was; A begins random, because two
 zero factors would give each other no gradient. s divides by r so that another rank needs no other learning
@@ -110,7 +110,10 @@ class LoRALinear(nn.Module):
         self.base, self.rows, self.r, self.scale = base, rows, lora.r, lora.scale
         self.A = nn.Parameter(torch.empty(len(rows), lora.r, wide, device=device))
         self.B = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(s.stop - s.start, lora.r, device=device)) for name, s in rows.items()}
+            {
+                name: nn.Parameter(torch.zeros(s.stop - s.start, lora.r, device=device))
+                for name, s in rows.items()
+            }
         )
         self.merged, self.on = False, True
 
@@ -129,9 +132,13 @@ class LoRALinear(nn.Module):
         if self.merged or not self.on:
             return y
         down = x.to(self.A.dtype) @ self.A.flatten(0, 1).T  # [..., P·r], x read once for all parts
+        pieces, at = [], 0
         for part, (name, rows) in zip(down.split(self.r, dim=-1), self.rows.items(), strict=True):
-            y[..., rows] += ((part * self.scale) @ self.B[name].T).to(y.dtype)
-        return y
+            correction = (part * self.scale) @ self.B[name].T
+            pieces += [y[..., at : rows.start], y[..., rows] + correction.to(y.dtype)]
+            at = rows.stop
+        pieces = [piece for piece in (*pieces, y[..., at:]) if piece.shape[-1]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
     def delta(self) -> Tensor:
         """s·B·A in the rows of each projection, zero elsewhere: [M, K] float32."""

@@ -92,7 +92,9 @@ class MultiLoRALinear(nn.Module):
 class Served:
     """A model with a bank of adapters. `remove()` puts its plain layers back."""
 
-    def __init__(self, model: Transformer, layers: dict[str, MultiLoRALinear], rows: Rows, count: int) -> None:
+    def __init__(
+        self, model: Transformer, layers: dict[str, MultiLoRALinear], rows: Rows, count: int
+    ) -> None:
         self.model, self.layers, self.count, self._rows = model, layers, count, rows
 
     @property
@@ -157,8 +159,8 @@ class Served:
 def serve(model: Transformer, adapters: Sequence[Adapter], *, dtype: torch.dtype | None = None) -> Served:
     """Put the corrections of several adapters beside a model's layers, in `dtype` (None: the model's).
 
-    The adapters were trained on this model or on others of its sizes; they are copied, and their own models are
-    left as they are. The model must have its plain layers: `adapter.remove()` first.
+    The adapters were trained on this model or on others of its sizes; they are copied, and their own
+    models are left as they are. The model must have its plain layers: `adapter.remove()` first.
 
     Raises LoRAError for a model that carries an adapter, ShapeError for none to serve.
     """
@@ -169,7 +171,9 @@ def serve(model: Transformer, adapters: Sequence[Adapter], *, dtype: torch.dtype
         base = model.get_submodule(name)
         if isinstance(base, LoRALinear | MultiLoRALinear):
             raise LoRAError(
-                f"{name} carries an adapter.", "The bank stands beside plain layers.", "adapter.remove() first."
+                f"{name} carries an adapter.",
+                "The bank stands beside plain layers.",
+                "adapter.remove() first.",
             )
         bank = bank_of([adapter.layers.get(name) for adapter in adapters], dtype or model.dtype, model.device)
         layers[name] = MultiLoRALinear(base, bank, rows)

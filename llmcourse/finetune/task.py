@@ -27,11 +27,11 @@ from llmcourse.models import Transformer
 from llmcourse.models.step import Step
 from llmcourse.train.sft import ChatBatch, Encoder, chat_batch
 
-NAMES = (
+NAMES = (  # noqa: SIM905
     "Anna Ben Clara David Emma Felix Grace Henry Ivan Julia Karl Laura "
     "Maria Nina Oscar Paul Rosa Sam Tom Vera Walter Alice Bruno Carmen"
 ).split()
-TOWNS = (
+TOWNS = (  # noqa: SIM905
     "Paris London Rome Berlin Madrid Vienna Oslo Dublin Lisbon Prague "
     "Athens Warsaw Boston Chicago Dallas Denver Seattle Miami Austin Houston"
 ).split()
@@ -106,7 +106,7 @@ def read_ahead(model: Transformer, batch: ChatBatch, first: int) -> Ahead:
 def asked(model: Transformer, ahead: Ahead) -> tuple[Tensor, Tensor]:
     """Logits [T, V] and targets [T] of the T learned tokens: only they go through the output head."""
     step: Step = model.plan(ahead.tokens, None)
-    x = ahead.x
+    x = ahead.x if ahead.first else model.embedding(ahead.tokens)  # which may be trained as well
     for block in _blocks(model)[ahead.first :]:
         x = block(x, step, None)
     wanted = ahead.learned[:, 1:]

@@ -3,19 +3,19 @@ arXiv:2310.18547; S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 
     y[i] += s[id_i] · B[id_i] · (A[id_i] · x[i])          id_i < 0: nothing is added
 
-    N rows   K in   M out   R rank   P projections stacked in y   G adapters   S splits of K   b bytes a number
+    N rows   K in   M out   R rank   P projections in y   G adapters   S splits of K   b bytes a number
 
-A server of fine-tuned models holds one copy of the base model and a bank of adapters. In a batch of N requests
-the frozen product is shared; what is left is thin and different for each row. Ways to do it:
+A server of fine-tuned models holds one copy of the base model and a bank of adapters. In a batch of N
+requests the frozen product is shared; what is left is thin and different for each row. Ways to do it:
 
     way            adapters' bytes moved                launches
     a loop         each adapter once                    several for each adapter in the batch: grows with G
     gather + bmm   N·R·(P·K + M)·b, three times over    4: every row's A and B copied, written, read again
     grouped        N·R·(P·K + M)·b at most              2: a row finds its adapter by its id
 
-The grouped kernels (BGMV) give each program one row and a piece of the work. Rows of the same adapter read the
-same bytes, which the L2 cache serves; nothing else depends on who shares what, so that the time is nearly the
-same for 1 and for N adapters in the batch.
+The grouped kernels (BGMV) give each program one row and a piece of the work. Rows of the same adapter read
+the same bytes, which the L2 cache serves; nothing else depends on who shares what, so that the time is nearly
+the same for 1 and for N adapters in the batch.
 
 *Shrink*: K numbers to R, in S·P programs a row, since one program could not keep a GPU's memory busy. Each
 writes a partial sum, no atomics: the same bits every time. *Expand*: adds up the S partial sums of its row,
@@ -72,7 +72,7 @@ class Bank:
                 "A bank holds [adapters, projections, rank, features], of one to three projections.",
                 "a 4-dimensional tensor, and a (first, end) for each projection.",
             )
-        adapters, parts, rank, _ = self.a.shape
+        adapters, _, rank, _ = self.a.shape
         check_shape("a", self.a, (adapters, len(self.parts), *self.a.shape[2:]), "One A for each projection.")
         check_shape("b", self.b, (adapters, self.columns, rank), "One row of B for each column of y.")
         check_shape("scale", self.scale, (adapters,), "One factor for each adapter.")
@@ -169,8 +169,8 @@ def gather_bmm(y: Tensor, x: Tensor, ids: Tensor, bank: Bank) -> Tensor:
 
 @triton.jit
 def shrink_kernel(
-    x, ids, a, v, x_stride, N, K, RANK,
-    CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, ids, a, v, x_stride, N, K,
+    RANK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """v[split, row, part, :] = A[id, part] over one split of K, CHUNK features, times x there."""
     row = tl.program_id(0)
@@ -195,9 +195,9 @@ def shrink_kernel(
 
 @triton.jit
 def expand_kernel(
-    v, ids, b, scale, y, y_stride, N, RANK, COLUMNS, first0, end0, first1, end1, first2, end2,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    v, ids, b, scale, y, y_stride, N, COLUMNS, first0, end0, first1, end1, first2, end2,
+    RANK: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """y[row, BLOCK_M columns of one part] += s·B·(sum of v over its splits)."""
     row = tl.program_id(0)
@@ -266,15 +266,16 @@ def run(y: Tensor, x: Tensor, ids: Tensor, bank: Bank, plan: Plan, interpret: bo
     v = torch.empty(splits, n, parts, rank, dtype=torch.float32, device=x.device)
     block_r = power_of_two(rank)
     launch(
-        shrink_kernel, (n, splits, parts), x, ids, bank.a, v, row_stride(x), n, features, rank,
-        CHUNK=chunk, BLOCK_R=block_r, BLOCK_K=plan.block_k, num_warps=plan.shrink_warps, interpret=interpret,
+        shrink_kernel, (n, splits, parts), x, ids, bank.a, v, row_stride(x), n, features,
+        RANK=rank, CHUNK=chunk, BLOCK_R=block_r, BLOCK_K=plan.block_k, num_warps=plan.shrink_warps,
+        interpret=interpret,
     )  # fmt: skip
     tiles = sum(ceil_div(end - first, plan.block_m) for first, end in bank.parts)
     ends = [n for part in (*bank.parts, (0, 0), (0, 0))[:3] for n in part]
     launch(
-        expand_kernel, (n, tiles), v, ids, bank.b, bank.scale, y, row_stride(y), n, rank, bank.columns, *ends,
-        PARTS=parts, SPLITS=splits, BLOCK_S=power_of_two(splits), BLOCK_R=block_r, BLOCK_M=plan.block_m,
-        num_warps=plan.expand_warps, interpret=interpret,
+        expand_kernel, (n, tiles), v, ids, bank.b, bank.scale, y, row_stride(y), n, bank.columns, *ends,
+        RANK=rank, PARTS=parts, SPLITS=splits, BLOCK_S=power_of_two(splits), BLOCK_R=block_r,
+        BLOCK_M=plan.block_m, num_warps=plan.expand_warps, interpret=interpret,
     )  # fmt: skip
     return y
 

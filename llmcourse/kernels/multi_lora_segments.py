@@ -13,6 +13,7 @@ Two launches again: v = x·Aᵀ, [N, P, R], and y += s·v·Bᵀ.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +24,31 @@ from llmcourse.kernels.language import tl, triton
 from llmcourse.kernels.launch import ceil_div, launch, power_of_two
 from llmcourse.kernels.multi_lora import Bank, check, corrected
 
-BLOCK_ROWS, BLOCK_K, BLOCK_M = 32, 64, 128
+
+class Tiles(NamedTuple):
+    """Rows of a stretch, features of K and columns of y that a program holds at once, and its warps."""
+
+    rows: int = 32
+    block_k: int = 64
+    block_m: int = 128
+    shrink_warps: int = 2
+    expand_warps: int = 4
+
+
+def tiles_for(device: torch.device) -> Tiles:
+    """Without tensor cores for `tl.dot` (a T4), a product's operands fill the registers sooner."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return SMALL if old else Tiles()
+
+
+SMALL = Tiles(16, 32, 32, 4, 4)
 
 
 @triton.jit
 def segment_shrink_kernel(
-    x, tiles, a, v, x_stride, K, RANK, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    x, tiles, a, v, x_stride, K,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """v[rows of a tile, part, :] = x·Aᵀ."""
     tile = tiles + 3 * tl.program_id(0)
     part = tl.program_id(1)
@@ -52,8 +71,9 @@ def segment_shrink_kernel(
 
 @triton.jit
 def segment_expand_kernel(
-    v, tiles, b, scale, y, y_stride, RANK, COLUMNS, first0, end0, first1, end1, first2, end2,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
+    v, tiles, b, scale, y, y_stride, COLUMNS, first0, end0, first1, end1, first2, end2,
+    RANK: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """y[rows of a tile, BLOCK_M columns of one part] += s·v·Bᵀ."""
     tile = tiles + 3 * tl.program_id(0)
@@ -129,27 +149,33 @@ def multi_lora_segments(
     chosen = choose(backend, x, y, bank.a)
     if chosen == "reference":
         return reference(y, x, lengths, adapters, bank)
-    table = tiles_of(lengths, adapters, BLOCK_ROWS)
+    sizes = tiles_for(x.device)
+    table = tiles_of(lengths, adapters, sizes.rows)
     if not table:
         return y
-    return run(y, x, torch.tensor(table, dtype=torch.int32, device=x.device), bank, chosen == "interpret")
+    tiles = torch.tensor(table, dtype=torch.int32, device=x.device)
+    return run(y, x, tiles, bank, sizes, chosen == "interpret")
 
 
-def run(y: Tensor, x: Tensor, tiles: Tensor, bank: Bank, interpret: bool) -> Tensor:
-    """Both launches, for tiles [T, 3] int32. y is changed in place."""
+def run(y: Tensor, x: Tensor, tiles: Tensor, bank: Bank, sizes: Tiles, interpret: bool) -> Tensor:
+    """Both launches, for tiles [T, 3] int32 of at most `sizes.rows` rows. y is changed in place."""
     n, features = x.shape
     _, parts, rank, _ = bank.a.shape
     v = torch.empty(n, parts, rank, dtype=bank.a.dtype, device=x.device)
-    block_r = max(16, power_of_two(rank))  # a tensor core's smallest tile
-    common = {"BLOCK_N": BLOCK_ROWS, "BLOCK_R": block_r, "interpret": interpret}
+    common: dict[str, Any] = {
+        "RANK": rank,
+        "BLOCK_N": sizes.rows,
+        "BLOCK_R": max(16, power_of_two(rank)),  # a tensor core's smallest tile
+        "interpret": interpret,
+    }
     launch(
-        segment_shrink_kernel, (len(tiles), parts), x, tiles, bank.a, v, row_stride(x), features, rank,
-        BLOCK_K=BLOCK_K, num_warps=2, num_stages=4, **common,
+        segment_shrink_kernel, (len(tiles), parts), x, tiles, bank.a, v, row_stride(x), features,
+        BLOCK_K=sizes.block_k, num_warps=sizes.shrink_warps, num_stages=4, **common,
     )  # fmt: skip
-    across = sum(ceil_div(end - first, BLOCK_M) for first, end in bank.parts)
+    across = sum(ceil_div(end - first, sizes.block_m) for first, end in bank.parts)
     ends = [n for part in (*bank.parts, (0, 0), (0, 0))[:3] for n in part]
     launch(
-        segment_expand_kernel, (len(tiles), across), v, tiles, bank.b, bank.scale, y, row_stride(y), rank,
-        bank.columns, *ends, PARTS=parts, BLOCK_M=BLOCK_M, num_warps=4, **common,
+        segment_expand_kernel, (len(tiles), across), v, tiles, bank.b, bank.scale, y, row_stride(y),
+        bank.columns, *ends, PARTS=parts, BLOCK_M=sizes.block_m, num_warps=sizes.expand_warps, **common,
     )  # fmt: skip
     return y

@@ -10,6 +10,7 @@ the best matrix product there is, and the memory is free again after it.
 from __future__ import annotations
 
 from llmcourse.kernels.language import tl, triton
+from llmcourse.kernels.quant_unpack import unpack_e4m3
 
 
 @triton.jit
@@ -25,6 +26,7 @@ def dequantize_kernel(
     stride_sg,
     GROUP,
     BITS: tl.constexpr,
+    E4M3: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -46,5 +48,8 @@ def dequantize_kernel(
         middle = tl.full((1, 1), 1 << (BITS - 1), tl.float32)
     else:
         middle = tl.load(zero + own, mask=columns < K, other=0).to(tl.float32)
-    weights = (codes.to(tl.float32) - (middle if codes.dtype == tl.uint8 else 0.0)) * factor
+    if E4M3:
+        weights = unpack_e4m3(codes, tl.float32, False) * factor
+    else:
+        weights = (codes.to(tl.float32) - middle) * factor
     tl.store(out + line[:, None] * K + columns[None, :], weights.to(out.dtype.element_ty), mask=inside)

@@ -23,7 +23,7 @@ program of a tile adds the parts in order: the result is the same in every run.
 from __future__ import annotations
 
 from llmcourse.kernels.language import tl, triton
-from llmcourse.kernels.quant_unpack import unpack_int4, unpack_int8
+from llmcourse.kernels.quant_unpack import unpack_e4m3, unpack_int4, unpack_int8
 
 
 @triton.jit
@@ -52,15 +52,17 @@ def quant_dot_kernel(
     STAGES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRED: tl.constexpr,
+    E4M3: tl.constexpr,
     QUICK: tl.constexpr,
 ):
     """Program (i, s) adds part s of K to tile i. counters [tiles] of int32 are 0 before and after.
 
-    packed, stride_wn    uint8 [N, ⌈K·BITS/8⌉] (or e4m3 [N, K]) and the bytes from row to row
+    packed, stride_wn    uint8 [N, ⌈K·BITS/8⌉], and the bytes from row to row
     scale, zero          [N, G] of one pair of strides (0 where one number serves all); zero may be None
     GROUP                a multiple of BLOCK_K; 0: one scale a row
     splits               no constant, so that one compiled kernel serves all but 1, which Triton makes one
     SUBSTEPS             of BLOCK_K codes each are loaded in one step: 64 bytes of a row are half a cache line
+    E4M3                 the bytes are floats, and no codes
     PAIRED               x is given as int32 [M, K/2]: columns 2j and 2j + 1 of 16 bits side by side
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -97,7 +99,7 @@ def quant_dot_kernel(
                 )
             else:
                 total = product_int8(
-                    w, x, middle, total, real, k, K, out.dtype.element_ty, BLOCK_K, EVEN_K, QUICK
+                    w, x, middle, total, real, k, K, out.dtype.element_ty, BLOCK_K, EVEN_K, E4M3, QUICK
                 )
             if GROUP:
                 acc += total * following.to(tl.float32)[:, None]
@@ -170,15 +172,15 @@ def product_int8(
     into: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    E4M3: tl.constexpr,
     QUICK: tl.constexpr,
 ):
-    """As `product_int4`, for a code a byte; floats in e4m3 are their own codes."""
+    """As `product_int4`, for a code a byte."""
     column = k + tl.arange(0, BLOCK_K)
     known = column < K
     codes = (
         tl.load(w + column[None, :]) if EVEN_K else tl.load(w + column[None, :], mask=known[None, :], other=0)
     )
     x_tile = tl.load(x + column[:, None], mask=real if EVEN_K else real & known[:, None], other=0.0)
-    is_code: tl.constexpr = codes.dtype == tl.uint8
-    weights = unpack_int8(codes, middle, into, QUICK) if is_code else codes.to(into)
+    weights = unpack_e4m3(codes, into, QUICK) if E4M3 else unpack_int8(codes, middle, into, QUICK)
     return tl.dot(weights, x_tile, total, input_precision="ieee")

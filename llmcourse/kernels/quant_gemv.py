@@ -19,7 +19,7 @@ For GPUs whose `tl.dot` has no tensor cores (sm_75), and as the rung below `quan
 from __future__ import annotations
 
 from llmcourse.kernels.language import tl, triton
-from llmcourse.kernels.quant_unpack import unpack_int4, unpack_int8
+from llmcourse.kernels.quant_unpack import unpack_e4m3, unpack_int4, unpack_int8
 
 
 @triton.jit
@@ -42,6 +42,7 @@ def quant_gemv_kernel(
     BLOCK_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRED: tl.constexpr,
+    E4M3: tl.constexpr,
     QUICK: tl.constexpr,
 ):
     """Program (i, m): BLOCK_N outputs of row m. CHUNK, a power of two, divides GROUP (0: one scale a row).
@@ -87,8 +88,11 @@ def quant_gemv_kernel(
             product += high.to(tl.float32) * x_odd.to(tl.float32)[None, :, :]
         else:
             x_tile = tl.load(x + row * stride_xm + k + place, mask=place < K - k, other=0.0).to(tl.float32)
-            is_code: tl.constexpr = codes.dtype == tl.uint8
-            weights = unpack_int8(codes, middle, tl.float16, QUICK) if is_code else codes.to(tl.float16)
+            weights = (
+                unpack_e4m3(codes, tl.float16, QUICK)
+                if E4M3
+                else unpack_int8(codes, middle, tl.float16, QUICK)
+            )
             product = weights.to(tl.float32) * x_tile[None, :, :]
         total = tl.sum(product, axis=2)
         acc += total * factor if GROUP else total

@@ -13,6 +13,7 @@ floats. A sum of 2¹⁷ products of codes still fits into int32: 127² · 2¹⁷
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,22 +132,25 @@ def int8_matmul(
         return (total * x_scale.float() * w_scale.float().view(1, -1)).to(out_dtype)
     if plan is None:
         plan = pick(m, n, k, device_of(x)[1]) if x.is_cuda else INTERPRETED
-    x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
-    splits = plan.splits
+    grid, arguments, meta = launch_of(x.contiguous(), weight.contiguous(), x_scale, w_scale, out, plan)
+    launch(int8_kernel, grid, *arguments, interpret=not x.is_cuda, **meta)
+    return out
+
+
+def launch_of(
+    x: Tensor, weight: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tensor, plan: Int8Plan
+) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """(grid, arguments, constants) of the launch that writes out [M, N]; x and weight are contiguous."""
+    (m, k), n, splits = x.shape, weight.shape[0], plan.splits
     sums = torch.empty((splits, m, n) if splits > 1 else (1,), dtype=torch.int32, device=x.device)
     tiles = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n)
     tensors = (x, weight, x_scale, w_scale, out, sums, counters_for(tiles, x.device))
     sizes = (m, n, k, int(x_scale.numel() > 1), int(w_scale.numel() > 1), splits)
-    meta = {
-        "BLOCK_M": plan.block_m,
-        "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
-        "GROUP_M": plan.group_m,
-    }
-    meta |= {"STAGES": plan.stages, "num_warps": plan.warps, "num_stages": plan.stages}
-    launch(int8_kernel, (tiles, splits), *tensors, *sizes, interpret=not x.is_cuda, **meta)
-    return out
+    meta = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
+    meta |= {"GROUP_M": plan.group_m, "STAGES": plan.stages}
+    meta |= {"num_warps": plan.warps, "num_stages": plan.stages}
+    return (tiles, splits), (*tensors, *sizes), meta
 
 
 @triton.jit

@@ -153,18 +153,13 @@ def launch_of(
     quick   codes become floats by inline PTX, which the interpreter cannot run
     """
     (m, k), n = x.shape, packed.shape[0]
+    packed, e4m3 = bytes_of(packed)
     by_group = group if group < k else 0
     paired = bits == 4 and pairs_of(x)
     rows = x.view(torch.int32) if paired else x
-    step = plan.block_k * plan.substeps
-    meta = {
-        "BITS": bits,
-        "GROUP": by_group,
-        "BLOCK_N": plan.block_n,
-        "EVEN_K": k % step == 0,
-        "PAIRED": paired,
-    }
-    meta |= {"num_warps": plan.warps, "num_stages": plan.stages}
+    even = k % (plan.block_k * plan.substeps) == 0
+    meta = {"BITS": bits, "GROUP": by_group, "BLOCK_N": plan.block_n, "EVEN_K": even, "PAIRED": paired}
+    meta |= {"E4M3": e4m3, "num_warps": plan.warps, "num_stages": plan.stages}
     sizes = (rows.stride(0), packed.stride(0), *scale_strides(scale))
     if plan.rung == "gemv":
         chunk = min(chunk_of(by_group, 128) if by_group else 128, plan.block_k)
@@ -184,6 +179,11 @@ def launch_of(
     meta |= {"STAGES": plan.stages, "QUICK": quick and x.dtype.itemsize == 2}
     tensors = (rows, packed, scale, zero, out, sums, counters_for(tiles, x.device))
     return quant_dot_kernel, (tiles, splits), (*tensors, m, n, k, *sizes, splits), meta
+
+
+def bytes_of(packed: Tensor) -> tuple[Tensor, bool]:
+    """(codes as bytes, whether they are e4m3): a GPU without that type can read its bits all the same."""
+    return (packed.view(torch.uint8), True) if packed.dtype == FP8 else (packed, False)
 
 
 def pairs_of(x: Tensor) -> bool:
@@ -214,9 +214,10 @@ def dequantize(
     if choose(backend, packed) == "reference" or 0 in (n, columns):
         return unpacked(packed, scale, zero, bits, size, columns, dtype)
     out = torch.empty(n, columns, dtype=dtype, device=packed.device)
+    packed, e4m3 = bytes_of(packed)
     arguments = (packed, scale, zero, out, n, columns, packed.stride(0), *scale_strides(scale), size)
     grid = (ceil_div(n, 16), ceil_div(columns, 256))
-    meta = {"BITS": bits, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4}
+    meta = {"BITS": bits, "E4M3": e4m3, "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4}
     launch(dequantize_kernel, grid, *arguments, interpret=not packed.is_cuda, **meta)
     return out
 

@@ -75,7 +75,7 @@ DOT = {
     (4, 8): QuantPlan("dot", 8, 64, 128, 4, 4),
     (4, 16): QuantPlan("dot", 16, 64, 128, 2, 4),
     (4, 32): QuantPlan("dot", 32, 128, 128, 4, 4),
-    (4, 64): QuantPlan("dot", 64, 128, 128, 4, 3),
+    (4, 64): QuantPlan("dot", 64, 64, 128, 4, 3),
     (8, 8): QuantPlan("dot", 8, 64, 128, 4, 4),
     (8, 16): QuantPlan("dot", 16, 64, 128, 2, 4),
     (8, 32): QuantPlan("dot", 32, 64, 128, 4, 4),

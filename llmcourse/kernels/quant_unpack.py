@@ -66,6 +66,25 @@ mov.b32 d, fd;
 prmt.b32 $0, a, b, 0x7632;
 prmt.b32 $1, c, d, 0x7632;
 }""")
+# Sign, exponent and mantissa of e4m3 moved to where the wider format has them, whose exponent counts from
+# another number: one product puts that right, also for subnormal numbers.
+_BYTES_E4M3 = """{{
+.reg .b32 a, b, c, d, factor, none;
+mov.b32 factor, {factor};
+mov.b32 none, 0x80008000;
+prmt.b32 a, $2, 0, 0x1404;
+prmt.b32 b, $2, 0, 0x3424;
+and.b32 c, a, 0x7f007f00;
+and.b32 d, b, 0x7f007f00;
+shr.b32 c, c, {shift};
+shr.b32 d, d, {shift};
+lop3.b32 a, a, 0x80008000, c, 0xea;
+lop3.b32 b, b, 0x80008000, d, 0xea;
+fma.rn.{format} $0, a, factor, none;
+fma.rn.{format} $1, b, factor, none;
+}}"""
+BYTES_E4M3_BF16 = constexpr(_BYTES_E4M3.format(factor="0x7b807b80", shift=4, format="bf16x2"))  # 2¹²⁰
+BYTES_E4M3_FP16 = constexpr(_BYTES_E4M3.format(factor="0x5c005c00", shift=1, format="f16x2"))  # 2⁸
 
 
 @triton.jit
@@ -104,3 +123,20 @@ def unpack_int8(packed, zero, into: tl.constexpr, QUICK: tl.constexpr):
         return codes - (zero + 1024.0).to(into)
     else:
         return packed.to(into) - zero.to(into)
+
+
+@triton.jit
+def unpack_e4m3(packed, into: tl.constexpr, QUICK: tl.constexpr):
+    """The numbers in e4m3 that uint8 `packed` holds, exact in another format. Its NaN comes out as ±480."""
+    if QUICK and into == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            BYTES_E4M3_BF16, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    elif QUICK and into == tl.float16:
+        return tl.inline_asm_elementwise(
+            BYTES_E4M3_FP16, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4
+        )
+    else:
+        wide = packed.to(tl.uint32)
+        bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+        return (bits.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(into)  # 2¹²⁰

@@ -33,7 +33,7 @@ class SparsePlan(NamedTuple):
         return f"{self.kernel} {self.block_m}×{self.block_n}×{self.block_k}, {rest}"
 
 
-INTERPRETED = {"select": SparsePlan("select", 4, 64), "expand": SparsePlan("expand", 16, 64, 16, splits=2)}
+INTERPRETED = {"select": SparsePlan("select", 64, 128), "expand": SparsePlan("expand", 32, 128, 16, splits=2)}
 
 
 def plan_for(m: int, n: int, k: int, capability: int = 90, multiprocessors: int = 132) -> SparsePlan:

@@ -6,7 +6,7 @@ logits = model(torch.tensor([tokenizer.encode("The capital of France is")]))
 
 from llmcourse.models.cache import KVCache
 from llmcourse.models.config import ModelConfig
-from llmcourse.models.loading import load, random_model
+from llmcourse.models.loading import load, load_tokenizer, random_model
 from llmcourse.models.sizes import HyenaSizes, LatentSizes, RopeScaling, SSMSizes
 from llmcourse.models.transformer import Transformer
 
@@ -19,5 +19,6 @@ __all__ = [
     "SSMSizes",
     "Transformer",
     "load",
+    "load_tokenizer",
     "random_model",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,43 @@ NAMES = {
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
     """Sizes, weights under this package's names (float32, dequantised) and the raw metadata."""
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    try:
-        reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+    with _readable(path):
+        reader, fields = _opened(path)
         tensors = {
             # An unquantised tensor is a view of the mapped file, not writeable: that one is copied.
             t.name: torch.from_numpy(array if array.flags.writeable else array.copy())
             for t in reader.tensors
             for array in [dequantize(t.data, t.tensor_type).astype(np.float32, copy=False)]
         }
+    config = config_from(fields)
+    return config, rename(config, tensors), fields
+
+
+def read_gguf_fields(path: Path) -> dict[str, Any]:
+    """The raw metadata alone: sizes, tokenizer, chat template."""
+    with _readable(path):
+        return _opened(path)[1]
+
+
+def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    return reader, {name: field.contents() for name, field in reader.fields.items()}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, IndexError, KeyError, OverflowError, NotImplementedError) as error:
         raise ModelError(
             f"{path} cannot be read as GGUF ({error}).",
             "The file is truncated, altered, of another format or in a quantisation this reader lacks.",
             "downloading it again (`llmcourse assets fetch` for the course's own model).",
         ) from error
-    config = config_from(fields)
-    return config, rename(config, tensors), fields
 
 
 def config_from(fields: Mapping[str, Any]) -> ModelConfig:

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmcourse.errors import DeviceError, ModelError
 from llmcourse.models.config import ModelConfig
-from llmcourse.models.gguf_file import read_gguf
+from llmcourse.models.gguf_file import read_gguf, read_gguf_fields
 from llmcourse.models.safetensors_folder import read_folder
 from llmcourse.models.transformer import Transformer
 from llmcourse.text.tokenizer import Tokenizer
@@ -31,11 +31,7 @@ def load(
     """
     place = resolve_device(device)
     number = resolve_dtype(dtype, place)
-    if path is None:
-        from llmcourse.assets import model_path
-
-        path = model_path()
-    path = Path(path).expanduser()
+    path = _place_of(path)
     if path.is_dir() and (own := _saved(path)) is not None:
         return own.to(place, number).eval().requires_grad_(False), Tokenizer.from_folder(path)
     if path.is_dir():
@@ -45,12 +41,34 @@ def load(
         config, state, fields = read_gguf(path)
         tokenizer = Tokenizer.from_gguf(fields)
     else:
-        raise ModelError(
-            f"there is no model at {path}.",
-            "A model is a .gguf file, or a folder with config.json, tokenizer.json and *.safetensors.",
-            "a path that exists; without one, the course's own model is used.",
-        )
+        raise _nothing_at(path)
     return assemble(config, state).to(place, number).eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """A model's tokenizer without its weights. `path` and errors as in `load`."""
+    path = _place_of(path)
+    if path.is_dir():
+        return Tokenizer.from_folder(path)
+    if not path.is_file():
+        raise _nothing_at(path)
+    return Tokenizer.from_gguf(read_gguf_fields(path))
+
+
+def _place_of(path: str | Path | None) -> Path:
+    if path is None:
+        from llmcourse.assets import model_path
+
+        path = model_path()
+    return Path(path).expanduser()
+
+
+def _nothing_at(path: Path) -> ModelError:
+    return ModelError(
+        f"there is no model at {path}.",
+        "A model is a .gguf file, or a folder with config.json, tokenizer.json and *.safetensors.",
+        "a path that exists; without one, the course's own model is used.",
+    )
 
 
 def _saved(folder: Path) -> Transformer | None:

@@ -35,8 +35,9 @@ def perplexity(model: Transformer, tokens: Tensor, *, piece: int = 0, stored: st
         )
     at_least(0, piece=piece)
     batch, length = tokens.shape
-    like = {"dtype": model.dtype, "device": model.device}
-    cache = KVCache(model.config, batch, length, stored=stored, **like) if piece else None
+    cache = None
+    if piece:
+        cache = KVCache(model.config, batch, length, dtype=model.dtype, device=model.device, stored=stored)
     loss = 0.0
     for start in range(0, length - 1, piece or length):
         part = tokens[:, start : min(start + (piece or length), length - 1)]

@@ -39,8 +39,12 @@ def linear_kl_gradients(code: LearnersCode) -> Callable[..., tuple[Tensor, Tenso
     def gradients(
         x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        given = tuple(t.float() for t in (x, weight, teacher_x, teacher_weight))
-        parts = code.parts(code(*given, rows), ("loss", "grad_x", "grad_weight"))
+        import torch
+
+        given = tuple(t.detach().float() for t in (x, weight, teacher_x, teacher_weight))
+        with torch.enable_grad():  # a learner's way may be autograd's, and here nothing is recorded
+            results = code(*given, rows)
+        parts = code.parts(results, ("loss", "grad_x", "grad_weight"))
         loss = tensor(code, parts[0], given[0], (), "loss").detach()
         grad_x = tensor(code, parts[1], given[0], tuple(x.shape), "grad_x")
         grad_weight = tensor(code, parts[2], given[1], tuple(weight.shape), "grad_weight")

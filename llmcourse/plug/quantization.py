@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from llmcourse.plug.kernels import tensor
 from llmcourse.plug.point import LearnersCode, Point, kind, register
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from llmcourse.compress.quantize import Quantized, Scheme
 
 COMPRESS = "llmcourse.compress"
+ROWS = {"cuda": 32, "cpu": 1024}
+"""Rows of weights that a program of a learner's kernel takes: the interpreter wants few programs."""
 
 
 def pack_int4(code: LearnersCode) -> Callable[..., Quantized]:
@@ -91,6 +94,34 @@ def gptq_update(code: LearnersCode) -> Callable[..., Quantized]:
     return gptq
 
 
+def dequant_gemv(code: LearnersCode) -> Callable[..., Tensor]:
+    from llmcourse.compress.quantized_linear import QuantizedLinear
+
+    own = QuantizedLinear.product
+
+    def product(self: QuantizedLinear, x: Tensor) -> Tensor:
+        """One row by the learner's kernel, more of them by the package's own. On a CPU it is interpreted."""
+        import torch
+
+        scheme, columns = self.scheme, self.in_features
+        if x.numel() != columns:
+            return own(self, x)
+        group = scheme.group or columns
+        if (scheme.bits, scheme.codes) != (4, "int") or group < 4 or group & (group - 1) or columns % group:
+            code.refuse(
+                f"a layer of {columns} columns is stored as {scheme}",
+                "The function reads INT4 in groups of a power of 2 that divides the row.",
+                "Scheme(4, 64, symmetric=False).",
+            )
+        scale = self.scale.float().contiguous()
+        zero = torch.full_like(scale, 8) if self.zero is None else self.zero.float().contiguous()
+        y = code(x.reshape(-1).contiguous(), self.packed, scale, zero, group, ROWS[x.device.type])
+        y = tensor(code, y, x, (self.out_features,), "the result")
+        return y.view(*x.shape[:-1], self.out_features)
+
+    return product
+
+
 def straight_through(code: LearnersCode) -> Callable[..., Tensor]:
     from llmcourse.compress.qat import Rounded
     from llmcourse.compress.quantize import TENSOR, grid
@@ -141,6 +172,14 @@ for _point in (
         "Codes [N, K], −8 … 7, rounded column by column, each making up for those before it.",
         (f"{COMPRESS}.gptq:gptq",),
         gptq_update,
+    ),
+    Point(
+        "dequant_gemv",
+        ("x", "packed", "scale", "zero", "group", "rows"),
+        "tensor",
+        "x [K] times 4-bit weights [N, K] that stay packed: scale · (code − zero), `rows` rows a program.",
+        (f"{COMPRESS}.quantized_linear:QuantizedLinear.product",),
+        dequant_gemv,
     ),
     Point(
         "straight_through",

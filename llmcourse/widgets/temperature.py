@@ -50,11 +50,11 @@ def temperature_explorer(
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         rows = range(len(teacher))
-        left.barh(rows, p, color=BLUE)
+        left.barh(rows, p.tolist(), color=BLUE)
         left.set_yticks(rows, labels, family="DejaVu Sans Mono")
         left.invert_yaxis()
         left.set(xlim=(0, 1), xlabel=f"teacher's probability at T = {temperature:.1f}")
-        right.barh(rows, force, color=[BLUE if f > 0 else ORANGE for f in force])
+        right.barh(rows, force.tolist(), color=[BLUE if f > 0 else ORANGE for f in force])
         right.axvline(0, color="#888888", linewidth=0.8)
         right.set(xlim=(-2.2, 2.2), xlabel=f"pull on the student's logit, {factor} in the loss")
         entropy = float(-(p * p.clamp(min=1e-300).log()).sum())
@@ -67,7 +67,7 @@ def temperature_explorer(
     wide, style = W.Layout(width="420px"), {"description_width": "90px"}
     return Explorable(
         draw,
-        "Raise T: unlikely tokens are heard, and without the factor T² the pull fades away. With it, it stays.",
+        "Raise T: unlikely tokens are heard, and the pull on the student stays. Without the factor T² it fades.",
         temperature=W.FloatSlider(
             temperature, min=0.5, max=10.0, step=0.5, description="T", layout=wide, style=style
         ),

@@ -59,10 +59,10 @@ def on_the_machine(
     beside = torch.full((m + 128, k), float("nan"), dtype=x.dtype)
     beside[:m] = x
     codes = torch.full((n + 8, packed.shape[1]), 255, dtype=torch.uint8)
-    codes[:n] = packed
+    codes[:n] = packed.view(torch.uint8)
     out = torch.full((m, n), float("nan"), dtype=x.dtype)
     kernel, grid, arguments, constants = launch_of(
-        beside[:m], codes[:n], scale, zero, out, bits, group, plan, quick=True
+        beside[:m], codes[:n].view(packed.dtype), scale, zero, out, bits, group, plan, quick=True
     )
     run(kernel, grid, arguments, constants)
     return out

@@ -79,7 +79,7 @@ RUNGS = {
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_rung_gives_the_same(interpreter, rung, bits):
     for group, k, symmetric in ((32, 160, True), (64, 200, False), (None, 72, True), (None, 77, False)):
-        x, arguments, exact = case(2 if rung == "gemv" else 11, 37, k, bits, group, symmetric)
+        x, arguments, exact = case(2 if rung == "gemv" else 9, 21, k, bits, group, symmetric)
         for _ in range(2):  # the counters of the parts were left at 0
             out = quant_matmul(x, *arguments, plan=RUNGS[rung], backend="interpret")
             assert error(out, exact) < 2e-6, (group, k, symmetric)
@@ -220,15 +220,15 @@ def test_what_cannot_be_multiplied_is_refused_in_three_parts(interpreter):
 
 
 def shipped():
-    for (bits, rows), plan in quant_plan.DOT.items():
-        for capability in (80, 90):
-            yield bits, rows, capability, plan
+    for (bits, m), capability in itertools.product(quant_plan.DOT, (80, 90)):
+        yield bits, m, capability
     for bits in (4, 8):
-        yield bits, 1, 75, quant_plan.GEMV
+        yield bits, 1, 75
 
 
-@pytest.mark.parametrize(("bits", "m", "capability", "plan"), list(shipped()), ids=str)
-def test_shipped_plans_compile_without_spills_and_read_16_bytes_at_a_time(bits, m, capability, plan):
+@pytest.mark.parametrize(("bits", "m", "capability"), list(shipped()))
+def test_shipped_plans_compile_without_spills_and_read_16_bytes_at_a_time(bits, m, capability):
+    plan = pick(m, 14336, 4096, bits=bits, group=128, capability=capability).plan
     dtype = torch.float16 if capability == 75 else torch.bfloat16
     made = target(plan, m, 14336, 4096, bits=bits, group=128, capability=capability, dtype=dtype)
     assert made.error is None
@@ -277,3 +277,14 @@ def test_the_compiled_gemv_is_right():
         x, (packed, scale, zero, bits, group), exact = case(2, 21, 256, bits, 128, False, dtype)
         out = on_the_machine(x, packed, scale, zero, bits, group, QuantPlan("gemv", 1, 8, 256, 2, 1))
         assert error(out, exact) < ROUNDING[dtype]
+
+
+def test_the_compiled_kernel_reads_every_number_of_e4m3_but_nan():
+    """x is the identity: out [K, N] is the weights, transposed."""
+    bits = torch.arange(256, dtype=torch.uint8)
+    bits[bits & 127 == 127] = 0
+    weight = bits.view(1, 256).expand(2, 256).contiguous().view(torch.float8_e4m3fn)
+    for dtype in (torch.float16, torch.bfloat16):
+        plan = QuantPlan("dot", 64, 32, 128, 2, 2, splits=1)
+        out = on_the_machine(torch.eye(256, dtype=dtype), weight, torch.ones(2, 1), None, 8, 256, plan)
+        assert out[:, 1].equal(weight[1].to(dtype))

@@ -48,7 +48,9 @@ TOKENS = torch.arange(18).view(3, 6)
 
 
 def test_the_layer_that_judges_is_autograds():
-    x, w, a, b = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 5), (6, 5), (2, 5), (6, 2)))
+    x, w, a, b = (
+        torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 5), (6, 5), (2, 5), (6, 2))
+    )
     y = torch.nn.functional.linear(x, w + 3.0 / 2 * b @ a)
     y.sum().backward()
     value, gradients = by_hand(x, w, a, b, 3.0)
@@ -102,7 +104,9 @@ def test_a_missing_return_and_nonsense_are_told(name):
 
 
 def test_right_batches_that_copy_adapters_fail_on_their_bytes_alone():
-    found = verdict("multi_lora", next(m.fn for m in EXERCISES["multi_lora"].mistakes if m.name == "gathered"))
+    found = verdict(
+        "multi_lora", next(m.fn for m in EXERCISES["multi_lora"].mistakes if m.name == "gathered")
+    )
     assert [r.check.name for r in found.results if not r.ok] == ["cost"]
 
 
@@ -161,8 +165,12 @@ def test_a_batch_of_adapters_is_served_by_a_learners_functions():
 )
 def test_what_does_not_fit_is_refused(name, wrong, says):
     adapter = adapted()
-    with pytest.raises(PlugError, match=says), plug(**{name: wrong}):
+
+    def use():
         adapter.model(TOKENS)
         adapter.merge()
         adapter.unmerge()
         serve(base(), [adapter]).answers([[1], [2, 3], [4]], [0, -1, 0], tokens=2)
+
+    with pytest.raises(PlugError, match=says), plug(**{name: wrong}):
+        use()

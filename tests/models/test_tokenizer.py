@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcourse.errors import ModelError
+from llmcourse.models import load_tokenizer
 from llmcourse.text.tokenizer import StreamDecoder, Tokenizer
 
 PAGE = """In 2024, 3 naïve cafés in 東京 served 1,234.56 portions — “délicieux!”, said Łukasz; ¿verdad?
@@ -23,6 +24,18 @@ def test_a_page_of_mixed_text_has_the_ids_that_transformers_gives(smol, hf_smol)
     assert smol[1].encode(PAGE) == hf_smol[1](PAGE, add_special_tokens=False).input_ids
     for line in PAGE.splitlines():
         assert smol[1].encode(line) == hf_smol[1](line, add_special_tokens=False).input_ids
+
+
+def test_it_comes_without_the_weights_as_it_does_with_them(smol, tmp_path):
+    alone = load_tokenizer()
+    assert alone.encode(PAGE) == smol[1].encode(PAGE)
+    chat = [{"role": "user", "content": "Who are you?"}]
+    assert (alone.chat(chat), alone.eos_ids) == (smol[1].chat(chat), smol[1].eos_ids)
+    with pytest.raises(ModelError, match="there is no model at"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        load_tokenizer(tmp_path / "broken.gguf")
 
 
 # The model's vocabulary has no token for the bytes 0xF1 and 0xF2 (which begin the characters of planes

@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from llmcourse.bench import BENCHMARKS, cocktail
 from llmcourse.bench.records import recorded
@@ -48,6 +49,17 @@ def test_the_record_holds_the_papers_setting_within_a_hundredth_of_dense() -> No
     assert all(row["bits_a_weight"] < 0.3 for row in losses)
     slow = {row["sent"]: row["ms"] for row in rows if row.get("mbit_per_s") == 100}
     assert slow["cocktail"] < slow["all gradients, float16"] < slow["all gradients, float32"]
+
+
+def test_what_is_shown_of_the_record_is_in_it() -> None:
+    record = recorded("cocktail")
+    lines = cocktail.ends(record)
+    assert [line.partition(":")[0] for line in lines][-1] == "cocktail, 4 workers"
+    assert len(lines) == len(cocktail.WAYS)  # three beside all gradients, and the cocktail with 4 workers
+    axes = Figure().subplots()
+    cocktail.draw(axes, record)
+    dots = {y for line in axes.lines if line.get_marker() == "o" for y in line.get_ydata()}
+    assert dots == {row["ms"] for row in record.results if row.get("mbit_per_s")}
 
 
 def test_one_gpu_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,9 +143,11 @@ def sorted_ids(ids: Any) -> Any:
 )
 def first_seen(ids: Any) -> Any:
     adapters = list(dict.fromkeys(ids))
-    return sorted(range(len(ids)), key=lambda i: adapters.index(ids[i])), [
-        list(ids).count(g) for g in adapters
-    ], adapters
+    return (
+        sorted(range(len(ids)), key=lambda i: adapters.index(ids[i])),
+        [list(ids).count(g) for g in adapters],
+        adapters,
+    )
 
 
 @grouped.mistake(

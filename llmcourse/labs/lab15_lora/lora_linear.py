@@ -178,7 +178,7 @@ def detached(x: Any, weight: Any, a: Any, b: Any, alpha: Any) -> Any:
 
 
 @lora_linear.mistake(
-    says="the frozen product is cut out of the graph: the layers before this one get a part of their gradient",
+    says="the frozen product is cut out of the graph: earlier layers get a part of their gradient",
     tries="a weight without gradient still passes one on to x; nothing needs to be detached.",
     caught_by="values",
 )

@@ -47,7 +47,7 @@ def _in_format(t: Trial, value: Any, weight: Any) -> None:
     dtype = getattr(value, "dtype", None)
     t.holds(
         dtype == weight.dtype,
-        f"the result is {str(dtype).removeprefix('torch.')}, the weight {str(weight.dtype).removeprefix('torch.')}",
+        f"the result is {dtype}, the weight {weight.dtype}",
         ".to(weight.dtype) at the end.",
     )
 
@@ -119,9 +119,7 @@ def no_sign(weight: Any, a: Any, b: Any, alpha: Any, sign: Any) -> Any:
     return _sum(weight, a, b, alpha / len(a))
 
 
-@merged.mistake(
-    says="the factor is inverted: r / alpha", tries="alpha / a.shape[0].", caught_by="values"
-)
+@merged.mistake(says="the factor is inverted: r / alpha", tries="alpha / a.shape[0].", caught_by="values")
 def inverted(weight: Any, a: Any, b: Any, alpha: Any, sign: Any) -> Any:
     return _sum(weight, a, b, sign * len(a) / alpha)
 

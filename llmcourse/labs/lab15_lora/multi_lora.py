@@ -30,8 +30,8 @@ multi_lora = Exercise(
     hints=(
         "a[ids] looks like the answer, and copies an adapter for every row. Which rows could share one "
         "product? And what does Python do with an index of −1?",
-        "Go through the adapters that occur. For each, pick its rows, send them down and up together, and put "
-        "the result back where the rows were. Rows that nobody claims stay zero.",
+        "Go through the adapters that occur. For each, pick its rows, send them down and up together, and "
+        "put the result back where the rows were. Rows that nobody claims stay zero.",
         "y = x.new_zeros(len(x), b.shape[1]); for g in ids.unique().tolist(): if g >= 0: rows = (ids == "
         "g).nonzero()[:, 0]; y[rows] = scale[g] * (x[rows] @ a[g].T) @ b[g].T. Return y.",
     ),
