@@ -38,6 +38,7 @@ def perplexity_figure(figure: Figure) -> str:
     """Draw perplexity against sparsity into `figure`; the caption, or that there is no record."""
     record = found("prune")
     if record is None:
+        figure.text(0.5, 0.5, "not recorded yet", ha="center", color="#999999")
         return missing("prune")
     ax = figure.subplots()
     dense = record.row(kind="dense")["perplexity"]
@@ -47,7 +48,8 @@ def perplexity_figure(figure: Figure) -> str:
             for r in record.results
             if r.get("kind") == "unstructured" and r["method"] == method
         ]
-        ax.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=method)
+        if points:
+            ax.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=method)
     for row in record.results:
         if row.get("kind") == "pattern" and row["pattern"] == "2:4":
             ax.plot(row["sparsity"], row["perplexity"], "*", color=COLORS[row["method"]], markersize=11)
@@ -59,6 +61,19 @@ def perplexity_figure(figure: Figure) -> str:
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     return record.caption
+
+
+def at_best(
+    copy: float, flops: float, m: int, n: int = 14336, k: int = 4096, *, share: float = 1, speedup: float = 1
+) -> float:
+    """Seconds of a 16-bit product of x [m, k] with W [n, k], by bytes or by FLOPs, whichever takes longer.
+
+    copy, flops   bytes and FLOPs a second of the device
+    share         of the dense weight's bytes that are read
+    speedup       of the multiplication over the dense one
+    """
+    moved = 2 * (n * k * share + m * (n + k))
+    return max(moved / copy, 2 * m * n * k / (flops * speedup))
 
 
 def structured_table() -> Table | str:
@@ -79,7 +94,7 @@ def structured_table() -> Table | str:
 
 
 def times_table(n: int = 14336, k: int = 4096) -> Table | str:
-    """µs of a product with W [n, k] for each peer, and how many times as fast as dense the best sparse one is."""
+    """µs of a product with W [n, k] for each peer, and the dense time over the best sparse one's."""
     record = found("sparse24")
     if record is None:
         return missing("sparse24")

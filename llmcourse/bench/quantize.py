@@ -9,8 +9,8 @@ activations   inputs of the products in INT8 as well: one scale fixed for a tens
 blocks        whether GPTQ block by block, behind blocks already quantized, is better than all at once
 
 Perplexity is of fixed pieces of four plays; calibration and training read others (`compress.text`). The model
-comes from a file whose own weights have 4 bits in groups of 32, so that INT4 in groups of 32 could hold them
-almost as they are: groups here are 64 and 128. Of a row of 576 weights the last group of 128 is half full.
+comes from a file whose own weights have 4 bits, in groups of 32 whose offset is no point of the grid: what is
+lost here is lost on top of that. Of a row of 576 weights the last group of 128 is half full.
 
 QAT trains towards the predictions of the model as it is, never towards the text: its perplexity cannot profit
 from having read more of the same kind of text. How much of what RTN lost it recovers is in `recovered`,
@@ -63,12 +63,13 @@ SIZES = {
     "cpu": Sizes(measured=8, calibrated=8, plays=4, steps=24, batch=4, length=128, lr=1e-4, alphas=6),
 }
 INT8, INT4, INT4_LARGE, INT3 = Scheme(8), Scheme(4, 64, False), Scheme(4, 128, False), Scheme(3, 64, False)
+METHODS = ("RTN", "GPTQ", "AWQ", "AWQ + GPTQ")
 WEIGHTS: tuple[tuple[str, Scheme], ...] = (
     ("RTN", INT8),
     ("RTN", Scheme(8, 64)),
     ("RTN", Scheme(4, 64)),
     ("RTN", Scheme(4, 64, codes="nf4")),
-    *((method, scheme) for scheme in (INT4, INT4_LARGE, INT3) for method in ("RTN", "GPTQ", "AWQ")),
+    *((method, scheme) for scheme in (INT4, INT4_LARGE, INT3) for method in METHODS),
     ("QAT", INT4),
     ("QAT", INT3),
 )
@@ -143,8 +144,9 @@ class Bench:
         if method == "GPTQ":
             grams = {name: found.gram for name, found in self.inputs.items()}
             return self.model, _each(self.model, lambda name, w: gptq(w, grams[name], scheme)), {}
-        if method == "AWQ":
-            return *awq(self.model, self.inputs, scheme, steps=self.sizes.alphas), {}
+        if method.startswith("AWQ"):
+            both = method == "AWQ + GPTQ"
+            return *awq(self.model, self.inputs, scheme, steps=self.sizes.alphas, then_gptq=both), {}
         s = self.sizes
         batches = pieces(self.training, batch=s.batch, length=s.length, seed=0)
         trained, curve = qat(

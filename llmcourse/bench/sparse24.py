@@ -64,8 +64,12 @@ def libraries(w: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         except Exception as error:
             print(f"        {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
             continue
-        found[name] = lambda x, sparse=sparse: torch.nn.functional.linear(x, sparse)
+        found[name] = partial(_times, sparse)
     return found
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
 
 
 def error_of(y: Tensor, x: Tensor, w: Tensor) -> float:
@@ -86,7 +90,7 @@ def case_rows(
     """A row for each peer at M rows of x."""
     (n, k), x = w.shape, torch.randn(m, w.shape[1], device=w.device, dtype=w.dtype)
     everybody: dict[str, Callable[[], Tensor]] = {"cublas": lambda: torch.nn.functional.linear(x, w)}
-    everybody |= {name: lambda f=f: f(x) for name, f in others.items()}
+    everybody |= {name: partial(f, x) for name, f in others.items()}
     if m <= 64:
         plan = plans.get((m, n, k))
         everybody["ours"] = lambda: sparse24_linear(x, packed, plan=plan)
@@ -151,14 +155,38 @@ def _measured(functions: dict[str, Callable[[], Tensor]], rows: list[Row], case:
     return measure(fine, device="cuda", repeats=30)
 
 
+SWEPT = (1, 2, 4, 16, 64)
+
+
+def prepare(workers: int = 14) -> None:
+    """Compile what the sweep tries, in parallel processes: Triton's cache is on disk."""
+    import multiprocessing
+
+    started = time.monotonic()
+    plans = {(m, plan) for n, k in SHAPES for m in SWEPT for plan in candidates(m, n, k)}
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        failed = sum(pool.starmap(_compile, sorted(plans, key=str), chunksize=4))
+    print(f"{len(plans)} plans compiled, {failed} not, in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _compile(m: int, plan: SparsePlan) -> bool:
+    """Whether this plan fails; sizes that are multiples of 16, as all of the sweep's are."""
+    try:
+        _, packed = weights(256, 4096, "cuda")
+        sparse24_linear(torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16), packed, plan=plan)
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
 def sweep(seconds: float = 200, shapes: tuple[tuple[int, int], ...] = SHAPES) -> tuple[Plans, list[Row]]:
     """The fastest plan of each decode shape, and the five fastest of each as rows.
 
     Every candidate is checked against the reference, timed in a graph, and dropped when it is wrong.
     """
     started, best, rows = time.monotonic(), {}, []
-    ms = (1, 2, 4, 16, 64)
-    cases = [(n, k, m) for n, k in shapes for m in ms]
+    cases = [(n, k, m) for n, k in shapes for m in SWEPT]
     for i, (n, k, m) in enumerate(cases):
         w, packed = weights(n, k, "cuda")
         x = torch.randn(m, k, device="cuda", dtype=w.dtype)
@@ -239,12 +267,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llmcourse.bench.sparse24")
     parser.add_argument("--sweep", action="store_true", help="find the best plans first, and use them")
     parser.add_argument("--seconds", type=float, default=200, help="of the sweep")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     parser.add_argument("--out", type=Path, help="folder for the record, and for sparse24_sweep.json")
     options = parser.parse_args(arguments)
     from llmcourse.bench.records import new_record, save
 
     plans: Plans = {}
     if options.sweep:
+        prepare(options.workers)
         plans, found = sweep(options.seconds)
         if options.out:
             (options.out / "sparse24_sweep.json").write_text(json.dumps(found, indent=1))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from llmcourse.compress.calibrate import Inputs, layers_of
 from llmcourse.compress.fold import Joint, joints
+from llmcourse.compress.gptq import gptq
 from llmcourse.compress.quantize import TENSOR, Quantized, Scheme, quantize
 from llmcourse.models.transformer import Transformer
 
@@ -108,6 +109,7 @@ def awq(
     *,
     steps: int = 20,
     clipped: bool = True,
+    then_gptq: bool = False,
 ) -> tuple[Transformer, dict[str, Quantized]]:
     """A copy of the model with all scales folded in, and the quantized weight of each of its linear layers.
 
@@ -115,6 +117,7 @@ def awq(
     steps     exponents tried for each layer
     clipped   search for the best clip as well. Not for Q and K: a score is a product of two of their outputs,
               so that small errors of theirs grow (as in the authors' own code)
+    then_gptq choose the codes by GPTQ, on the grids of the scaled and clipped weights
 
     The copy computes what the model does; `quantize_model(copy, lambda name, layer: codes.get(name))` is the
     quantized one.
@@ -129,10 +132,10 @@ def awq(
         if name not in inputs:
             continue
         weight = layer.weight.float()
-        if clipped and not name.endswith("qkv"):
-            scale = scales.get(name, torch.ones(1, device=weight.device))
-            weight = clip(weight, inputs[name].gram / scale / scale.unsqueeze(-1), scheme)
-        codes[name] = quantize(weight, scheme)
+        scale = scales.get(name, torch.ones(1, device=weight.device))
+        gram = inputs[name].gram / scale / scale.unsqueeze(-1)
+        ends = clip(weight, gram, scheme) if clipped and not name.endswith("qkv") else weight
+        codes[name] = gptq(weight, gram, scheme, grids_of=ends) if then_gptq else quantize(ends, scheme)
     return folded, codes
 
 

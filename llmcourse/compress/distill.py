@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcourse.errors import CourseError, ShapeError
+from llmcourse.models import KVCache, Transformer
 from llmcourse.train.fit import token_loss
 from llmcourse.train.tasks import IGNORE, Batch
 
@@ -170,8 +171,13 @@ def written_by(
     The batch's inputs are [B, S + length − 1]; its targets are the next tokens, IGNORE within the prompt.
     """
     tokens = prompts
-    for _ in range(length):
-        logits = model(tokens)[:, -1].float()
+    cache = None
+    if isinstance(model, Transformer):
+        room = prompts.shape[1] + length
+        cache = KVCache(model.config, len(prompts), room, dtype=model.dtype, device=model.device)
+    for i in range(length):
+        new = tokens if i == 0 or cache is None else tokens[:, -1:]
+        logits = (model(new) if cache is None else model(new, cache, last_only=True))[:, -1].float()
         if temperature:
             drawn = (logits / temperature).softmax(-1).multinomial(1, generator=generator)
         else:

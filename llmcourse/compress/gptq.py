@@ -40,6 +40,7 @@ def gptq(
     damping: float = 0.01,
     block: int = 128,
     order: bool = True,
+    grids_of: Tensor | None = None,
 ) -> Quantized:
     """A weight [N, K] in `scheme`, its codes chosen for inputs with Gram matrix [K, K].
 
@@ -48,6 +49,8 @@ def gptq(
     order     columns whose inputs are largest come first, while many others can still make up for them; the
               grids are then those of the weight as it came. Otherwise columns go from left to right, and each
               group gets its grid when its turn comes, from the weights as corrected so far
+    grids_of  a weight [N, K] whose groups set the grids instead: with few bits, clipped ones (`awq.clip`)
+              serve better than those that reach to the largest weight
 
     Raises ShapeError for matrices that do not fit each other, a damping that is not positive, or a Gram
     matrix that cannot be one.
@@ -57,9 +60,15 @@ def gptq(
     columns = weight.shape[1]
     size = columns if scheme.group in (None, TENSOR) else int(scheme.group)
     w = weight.to(gram.dtype, copy=True)
-    scale, zero = grid(w, scheme)
+    if grids_of is not None and grids_of.shape != weight.shape:
+        raise ShapeError(
+            f"grids of a weight {list(grids_of.shape)} came for one of {list(weight.shape)}.",
+            "Each group of a weight has its own grid.",
+            "grids_of = clip(weight, gram, scheme), of the same weight.",
+        )
+    scale, zero = grid(w if grids_of is None else grids_of, scheme)
     sequence = gram.diagonal().argsort(descending=True, stable=True) if order else None
-    late = sequence is None and size < columns  # grids found on the way
+    late = sequence is None and grids_of is None and size < columns  # grids found on the way
     if sequence is not None:
         w = w[:, sequence]
     group_of = [k // size for k in (range(columns) if sequence is None else sequence.tolist())]

@@ -43,17 +43,19 @@ def _gradients(
     loss = x.new_zeros((), dtype=torch.float32)
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
-        log_q = (x[part] @ weight.T).float().log_softmax(-1)
-        log_p = (teacher_x[part] @ teacher_weight.T).float().log_softmax(-1)
+        log_q = (x[part] @ weight.T).log_softmax(-1, dtype=torch.float32)
+        log_p = (teacher_x[part] @ teacher_weight.T).log_softmax(-1, dtype=torch.float32)
         p, q = log_p.exp(), log_q.exp()
-        loss += (1 - variation) * (p * log_p.sub_(log_q)).sum()
-        difference = q - p
-        gradient = (1 - variation) * difference
+        loss += (1 - variation) * torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
         if variation:
-            loss += variation * difference.abs().sum() / 2
-            sign = difference.sign_().mul_(0.5)
-            gradient += variation * q * (sign - (q * sign).sum(-1, keepdim=True))
-        gradient = (gradient / len(x)).to(x.dtype)
+            gradient = q - p
+            loss += variation * gradient.abs().sum() / 2
+            sign = gradient.sign().mul_(0.5)
+            pull = q.mul_(sign.sub_((q * sign).sum(-1, keepdim=True)))
+            gradient.mul_(1 - variation).add_(pull, alpha=variation)
+        else:
+            gradient = q.sub_(p)
+        gradient = gradient.mul_(1 / len(x)).to(x.dtype)
         grad_x[part] = gradient @ weight
         grad_weight += gradient.T @ x[part]
     return loss / len(x), grad_x, grad_weight.to(weight.dtype)

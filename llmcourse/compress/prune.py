@@ -9,9 +9,9 @@
     prune(model, "wanda", Pattern(0.5), tokens)
     sparsity_of(model)["all"]                    0.5
 
-All but the first read a few thousand tokens, block by block: each block is pruned for the inputs that it really
-gets behind the pruned ones before it. Nothing is trained. Embedding and output head, one table in small
-models, stay.
+All but the first read some thousand tokens, block by block: each block is pruned for the inputs that it
+really gets behind the pruned ones before it. Nothing is trained. Embedding and output head, one table in
+small models, stay.
 """
 
 from __future__ import annotations

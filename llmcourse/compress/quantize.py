@@ -144,9 +144,7 @@ class Quantized:
         """The inverse of `packed`."""
         codes = unpack(packed, scheme.bits, shape[1])
         if scheme.low:  # stored + 2^(b−1); of 8 bits that is the highest bit, turned over
-            codes = (
-                (codes ^ 128).view(torch.int8) if scheme.bits == 8 else codes.view(torch.int8) + scheme.low
-            )
+            codes = (codes ^ 128 if scheme.bits == 8 else codes + (256 + scheme.low)).view(torch.int8)
         return cls(codes, scale, zero, scheme, shape)
 
     def to(self, device: torch.device | str) -> Quantized:
@@ -250,4 +248,11 @@ def require_matrix(weight: Tensor) -> None:
             f"a weight of shape {list(weight.shape)}, {str(weight.dtype).removeprefix('torch.')}.",
             "Scales belong to the rows, or to groups in the rows, of a matrix [N, K] of floats.",
             "weight.flatten(1), with one row for each output.",
+        )
+    if not bool(weight.isfinite().all()):
+        row, column = (~weight.isfinite()).nonzero()[0].tolist()
+        raise ShapeError(
+            f"the weight holds {weight[row, column].item()} at [{row}, {column}].",
+            "A scale is set by the largest number of its group, and no grid reaches this one.",
+            "looking for the training step that made it, or weight.nan_to_num().",
         )

@@ -3,8 +3,8 @@
     prune(model, "sparsegpt", Pattern(n=2, m=4), tokens)
     pack_model(model)                  9/16 of the layers' bytes in 16 bits; on a GPU decoding reads no more
 
-With few rows of x (decoding) the packed kernels multiply; with many, waiting for weights is no longer what takes
-time, and the weight is unpacked for a dense product, on its way, by each call.
+With few rows of x (decoding) the packed kernels multiply; with many, waiting for weights is no longer what
+takes time, and the weight is unpacked for a dense product, on its way, by each call.
 """
 
 from __future__ import annotations

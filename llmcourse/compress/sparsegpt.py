@@ -24,7 +24,6 @@ from torch import Tensor
 from llmcourse.compress.masks import Pattern, keep, require_matrix
 from llmcourse.errors import ShapeError
 
-
 DAMP = 0.1  # the paper takes 0.01; with a few thousand tokens, 0.1 leaves the real model's perplexity lower
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from llmcourse.kernels.launch import ceil_div, power_of_two
+
 RUNGS = {
     "reference": "unpack and multiply in torch",
     "gemv": "a row at a time, multiply-adds on the ordinary units",
@@ -72,7 +74,7 @@ class Choice:
 # (bits, rows at the most): tiles. `wgmma` takes its left operand from registers too, but pairs of bytes at a
 # time; two warps a program, or fewer than 64 rows of weights, keep Triton on `mma.sync`, which takes four.
 DOT = {
-    (4, 8): QuantPlan("dot", 8, 64, 128, 4, 4),
+    (4, 8): QuantPlan("dot", 8, 64, 128, 4, 3, substeps=2),
     (4, 16): QuantPlan("dot", 16, 64, 128, 2, 4),
     (4, 32): QuantPlan("dot", 32, 128, 128, 4, 4),
     (4, 64): QuantPlan("dot", 64, 64, 128, 4, 3),
@@ -118,10 +120,12 @@ def pick(
     else:
         plan = DOT[bits, min(rows for b, rows in DOT if b == bits and rows >= m)]
     plan = replace(plan, block_k=min(plan.block_k, step))
-    return Choice(
-        replace(plan, splits=parts(plan, m, n, k, multiprocessors)),
-        f"{m} rows: the weights' bytes take the time",
-    )
+    plan = replace(plan, splits=parts(plan, m, n, k, multiprocessors))
+    programs = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n) * plan.splits
+    if plan.substeps > 1 and programs < 3 * multiprocessors:  # short steps leave more parts to cut
+        plan = replace(plan, substeps=1)
+        plan = replace(plan, splits=parts(plan, m, n, k, multiprocessors))
+    return Choice(plan, f"{m} rows: the weights' bytes take the time")
 
 
 def step_of(group: int, k: int) -> int:
@@ -143,16 +147,12 @@ def chunk_of(group: int, most: int) -> int:
     return min(group & -group, power_of_two(most))
 
 
-def power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def parts(plan: QuantPlan, m: int, n: int, k: int, multiprocessors: int, programs: int = PROGRAMS) -> int:
     """Parts of K for about `programs`·4 warps a multiprocessor, none shorter than 4 steps.
 
     Each part leaves its sums in float32; all of them together stay below a quarter of the weights' bytes.
     """
-    tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
-    steps = -(-k // (plan.block_k * plan.substeps))
+    tiles = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n)
+    steps = ceil_div(k, plan.block_k * plan.substeps)
     wanted = round(programs * 4 / plan.warps * multiprocessors / tiles)
     return max(1, min(wanted, steps // 4, max(2, k // (32 * m)), 16))

@@ -7,11 +7,14 @@
     cusparselt  values and its indices     what stays, on sparse   prefill
                                            tensor cores
 
-The last is `torch.sparse.to_sparse_semi_structured`. NVIDIA's library arranges its indices in its own way and serves large products; `sparse24_kernel` says how
-the two kernels here work, and `bench.sparse24` where each of them pays.
+The last is `torch.sparse.to_sparse_semi_structured`. NVIDIA's library arranges its indices in its own way
+and serves large products; `sparse24_kernel` says how the two kernels here work, and `bench.sparse24` where
+each of them pays.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,14 +74,9 @@ def sparse24_linear(
         return y
     plan = plan or _plan(m, n, k, x, chosen)
     filled = k + -k % WORD
-
-    strides = (
-        row_stride(x) or k,
-        weight.values.stride(0),
-        weight.indices.stride(0),
-        n,
-    )
-    options = {"num_warps": plan.warps, "STAGES": plan.stages, "interpret": chosen == "interpret"}
+    strides = (row_stride(x) or k, weight.values.stride(0), weight.indices.stride(0), n)
+    options: dict[str, Any] = {"num_warps": plan.warps, "STAGES": plan.stages}
+    options["interpret"] = chosen == "interpret"
     if plan.kernel == "select":
         if m % plan.block_m:
             raise ShapeError(

@@ -7,6 +7,7 @@ is what it tries.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 
@@ -50,24 +51,20 @@ def plan_for(m: int, n: int, k: int, capability: int = 90, multiprocessors: int 
 
 
 def candidates(m: int, n: int, k: int, multiprocessors: int = 132) -> Iterator[SparsePlan]:
-    """What the sweep tries for a shape."""
+    """What the sweep tries for a shape: enough to see which way is better, few enough to compile."""
     if m <= 4:
-        for block_n in (2, 4, 8, 16):
-            for block_k in (256, 512, 1024, 2048):
-                for warps in (1, 2, 4, 8):
-                    values = m * block_n * block_k // 2 // (32 * warps)  # a thread
-                    if 8 <= values <= 64:
-                        for stages in (1, 2, 4):
-                            yield SparsePlan("select", block_n, block_k, m, warps, stages)
+        for block_n, block_k, warps in product((2, 4, 8, 16), (512, 1024, 2048), (1, 2, 4, 8)):
+            if m * block_n * block_k // (64 * warps) in (16, 32, 64):  # values that a thread holds
+                for stages in (1, 3):
+                    yield SparsePlan("select", block_n, block_k, m, warps, stages)
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    for block_n in (32, 64, 128):
-        for block_k in (64, 128, 256):
-            for warps in (4, 8):
-                if not 16 <= block_n * block_k // (32 * warps) <= 128:
-                    continue
-                tiles = -(-n // block_n) * -(-m // block_m)
-                most = max(1, 4 * multiprocessors // tiles)
-                for splits in sorted({1, max(1, most // 4), max(1, most // 2), most}):
-                    if splits <= -(-k // block_k):
-                        for stages in (2, 3, 4):
-                            yield SparsePlan("expand", block_n, block_k, block_m, warps, stages, splits)
+    for block_n, block_k, warps in product((32, 64, 128), (64, 128, 256), (4, 8)):
+        tiles = -(-n // block_n) * -(-m // block_m)
+        if block_n * block_k // (32 * warps) not in (32, 64):
+            continue
+        for splits in (1, 2, 4, 8):
+            # At least half a wave of programs, at most four, and two steps for each.
+            enough = multiprocessors // 2 <= tiles * splits <= 4 * multiprocessors
+            if enough and 2 * splits * block_k <= k:
+                for stages in (2, 4):
+                    yield SparsePlan("expand", block_n, block_k, block_m, warps, stages, splits)

@@ -1,7 +1,8 @@
-"""The points of pruning: Wanda's 2:4 mask, the update of what stays, packing, and the product with a packed weight.
+"""The points of pruning: Wanda's 2:4 mask, the update of what stays, packing, and the packed product.
 
-`prune(model, "wanda+move", Pattern(n=2, m=4), tokens)` runs the first two, `compress.sparse_linear` the others. A
-learner's kernel gets one row of x at a time; on a CPU its launches need `counters.interpreting` around them.
+`prune(model, "wanda+move", Pattern(n=2, m=4), tokens)` runs the first two, `compress.sparse_linear` the
+others. A learner's kernel gets one row of x at a time; on a CPU its launches need `counters.interpreting`
+around them.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def gptq_update(code: LearnersCode) -> Callable[..., Quantized]:
         damping: float = 0.01,
         block: int = 128,
         order: bool = True,
+        grids_of: Tensor | None = None,
     ) -> Quantized:
         """The package's `gptq` with the learner's loop: damping, grids, order of columns as there."""
         import torch
@@ -77,7 +78,7 @@ def gptq_update(code: LearnersCode) -> Callable[..., Quantized]:
         mean = diagonal.mean()
         diagonal[diagonal == 0] = 1.0
         diagonal += damping * mean
-        scale, _ = grid(weight, scheme)
+        scale, _ = grid(weight if grids_of is None else grids_of, scheme)
         steps = spread(scale.double(), scheme, columns).expand(weight.shape)
         first = h.diagonal().argsort(descending=True, stable=True) if order else torch.arange(columns)
         given = (weight.detach().double()[:, first], h[first][:, first], steps[:, first])

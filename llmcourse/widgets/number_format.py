@@ -131,7 +131,7 @@ class NumberFormat(Explorable):
         start = moved(FORMATS["fp32"], form, int(FORMATS["fp32"].encode(_tensor(number))))
         pick = choice([(f.name, key) for key, f in FORMATS.items()], name, "format", **wide)
         code = W.IntSlider(start, min=0, max=(1 << form.bits) - 1, description="code", **wide)
-        self.bits = [W.Button(layout=W.Layout(width="26px", padding="0", margin="1px")) for _ in range(32)]
+        self.bits = [W.Button(layout=W.Layout(width="22px", padding="0", margin="1px")) for _ in range(32)]
         for place, button in enumerate(self.bits):
             button.on_click(lambda _, place=place: self._flip(31 - place))
         pick.observe(self._change_format, "value")  # before the redrawing of Explorable

@@ -6,6 +6,7 @@ whoever has a budget in bytes takes the last point of the frontier that fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,10 @@ CAPTION = (
     "Move the budget: filled points fit into it, and the ringed one is the best of them. The line is the "
     "frontier: nothing is both smaller and better than a point on it."
 )
+
+
+CEILINGS = (1.1, 1.5, 2.0)
+"""Perplexities that the picture reaches to, in those of the best point."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +73,29 @@ def explore(points: Sequence[Stored], *, budget: float | None = None) -> Explora
     first = min(steps, key=lambda s: abs(s - wanted))
     look = {"layout": W.Layout(width="480px"), "style": {"description_width": "110px"}}
 
-    def show(budget: float, above: str) -> Figure:
-        return draw(points, budget, logarithmic=above == "log")
+    def show(budget: float, most: float) -> Figure:
+        return draw(points, budget, most=most)
 
     return Explorable(
         show,
         CAPTION,
         budget=choice([(f"{s / 1e6:,.1f} MB", s) for s in steps], first, "budget", **look),
-        above=choice([("linear", "linear"), ("log: far points too", "log")], "linear", "perplexity", **look),
+        most=choice(
+            [*((f"to {m:g} × the best", m) for m in CEILINGS), ("all, log", math.inf)], 1.5, "shown", **look
+        ),
     )
 
 
-def draw(points: Sequence[Stored], budget: float, *, logarithmic: bool = False) -> Figure:
-    """The points, the frontier and the budget; on a linear scale, what lies far above is at the edge."""
+def draw(points: Sequence[Stored], budget: float, *, most: float = 1.5) -> Figure:
+    """The points, the frontier and the budget. What lies above `most` times the best is at the upper edge;
+    without an end (inf) the scale is logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4), layout="constrained")
     ax = figure.subplots()
     methods = list(dict.fromkeys(p.method for p in points))
     best = best_within(points, budget)
-    top = 1.35 * min(p.perplexity for p in points) if not logarithmic else float("inf")
+    top = most * min(p.perplexity for p in points)
     for p in points:
         shade = SHADES[methods.index(p.method) % len(SHADES)]
         y, fits = min(p.perplexity, top), p.nbytes <= budget
@@ -115,7 +123,7 @@ def draw(points: Sequence[Stored], budget: float, *, logarithmic: bool = False) 
     )
     ax.set_title(f"within {budget / 1e6:,.1f} MB: {found}", fontsize=10)
     ax.set(xlabel="size of the stored model, MB", ylabel="perplexity")
-    if logarithmic:
+    if math.isinf(most):
         ax.set_yscale("log")
     for method in methods:
         ax.plot([], [], "o", color=SHADES[methods.index(method) % len(SHADES)], label=method)

@@ -53,7 +53,9 @@ def error(weight: Tensor, inputs: Inputs, other: Tensor) -> float:
     return (inputs.error(other - weight) / inputs.error(weight)) ** 0.5
 
 
-def draw(method: str, where: str, share: float, inputs: Inputs | None = None, weight: Tensor | None = None) -> Figure:
+def draw(
+    method: str, where: str, share: float, inputs: Inputs | None = None, weight: Tensor | None = None
+) -> Figure:
     """The matrix with its zeros, and beside it the error of all methods in this pattern."""
     if weight is None or inputs is None:
         weight, inputs = layer()
@@ -62,10 +64,12 @@ def draw(method: str, where: str, share: float, inputs: Inputs | None = None, we
     ax, bars = figure.subplots(1, 2, width_ratios=(2, 1))
     shown = results[method]
     top = float(weight.abs().max())
-    masked = torch.where(shown == 0, torch.nan, shown)
+    masked = torch.where(shown == 0, torch.nan, shown).numpy()
     ax.set_facecolor("#e8e8e8")
     ax.imshow(masked, cmap="PuOr", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
-    ax.set_title(f"{NAMES[method]}, {where}: {(shown == 0).float().mean():.0%} of the weights are zero", fontsize=10)
+    ax.set_title(
+        f"{NAMES[method]}, {where}: {(shown == 0).float().mean():.0%} of the weights are zero", fontsize=10
+    )
     ax.set_xlabel("input")
     ax.set_ylabel("output")
     errors = [error(weight, inputs, results[name]) for name in METHODS]
@@ -86,7 +90,8 @@ def explore() -> Explorable:
     look = {"style": {"description_width": "110px"}, "layout": W.Layout(width="460px")}
     return Explorable(
         draw,
-        "Grey is zero. Tighten the pattern from anywhere to whole columns and compare the bars: what costs more, "
+        "Grey is zero. Tighten the pattern from anywhere to whole columns and compare the bars: what costs "
+        "more, "
         "the pattern or the score? (2:4 and 4:8 are always one half.)",
         method=choice([(NAMES[m], m) for m in METHODS], "sparsegpt", "method", **look),
         where=choice(list(PATTERNS), "2:4", "zeros", **look),

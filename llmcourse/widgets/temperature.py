@@ -67,7 +67,7 @@ def temperature_explorer(
     wide, style = W.Layout(width="420px"), {"description_width": "90px"}
     return Explorable(
         draw,
-        "Raise T: unlikely tokens are heard, and the pull on the student stays. Without the factor T² it fades.",
+        "Raise T: unlikely tokens are heard, and the pull on the student stays; without T² it fades.",
         temperature=W.FloatSlider(
             temperature, min=0.5, max=10.0, step=0.5, description="T", layout=wide, style=style
         ),

@@ -1,4 +1,4 @@
-"""The explorables of chapters 02, 03 and 07 to 11 in JupyterLab: every control, by keyboard and by mouse.
+"""The explorables of chapters 02, 03, 07 to 11 and 14 in JupyterLab: every control, by keyboard and by mouse.
 
 Beside the page, the test holds an explorable of its own. What a control says on the page is given to that
 one, and the two pictures must then be the same, byte for byte: a control that is stuck, a picture that lags
@@ -41,6 +41,13 @@ shown = state_explorer(ModelConfig(**sizes, max_len=64), every=3)""",
     "flash_tiles": """
 from llmcourse.widgets.flash_tiles import flash_tiles
 shown = flash_tiles(mask="causal, window", length=256)""",
+    "number_format": """
+from llmcourse.widgets.number_format import number_format
+shown = number_format("bf16", 0.3)""",
+    "perplexity_size": """
+from llmcourse.widgets.perplexity_size import Stored, explore
+points = [Stored("bf16", "bf16", 269e6, 20.1), Stored("INT8", "RTN", 163e6, 20.2)]
+shown = explore([*points, Stored("INT4", "RTN", 115e6, 24.1), Stored("INT3", "RTN", 101e6, 90.0)])""",
     "attention_patterns": """
 from types import SimpleNamespace
 import torch

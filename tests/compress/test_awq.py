@@ -70,8 +70,8 @@ def test_the_folded_model_computes_the_same_and_the_one_that_came_is_untouched()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("clipped", [False, True])
-def test_predictions_stay_closer_than_with_rounding_to_nearest(clipped):
+@pytest.mark.parametrize("how", [{"clipped": False}, {}, {"then_gptq": True}], ids=str)
+def test_predictions_stay_closer_than_with_rounding_to_nearest(how):
     model, tokens, others = small_model(), some_tokens(8), some_tokens(8, seed=9)
     scheme = Scheme(3, 16, False)
     want = model(others).log_softmax(-1)
@@ -79,6 +79,18 @@ def test_predictions_stay_closer_than_with_rounding_to_nearest(clipped):
     def distance(quantized):
         return float((want.exp() * (want - quantized(others).log_softmax(-1))).sum(-1).mean())
 
-    folded, codes = awq(model, calibrate(model, tokens), scheme, clipped=clipped)
+    folded, codes = awq(model, calibrate(model, tokens), scheme, **how)
     fitted = quantize_model(folded, lambda name, layer: codes.get(name))
     assert distance(fitted) < 0.92 * distance(quantize_model(model, scheme))
+
+
+def test_gptq_behind_it_keeps_the_grids_and_lowers_every_layers_error():
+    model, tokens = small_model(), some_tokens(8)
+    inputs, scheme = calibrate(model, tokens), Scheme(3, 16, False)
+    folded, nearest = awq(model, inputs, scheme)
+    _, fitted = awq(model, inputs, scheme, then_gptq=True)
+    after = calibrate(folded, tokens)
+    for name, layer in layers_of(folded).items():
+        assert torch.equal(fitted[name].scale, nearest[name].scale)
+        errors = [after[name].error(q[name].dequantize() - layer.weight) for q in (fitted, nearest)]
+        assert errors[0] < errors[1]

@@ -146,3 +146,13 @@ def test_a_matrix_that_cannot_be_a_gram_matrix_is_refused():
     for broken in (-gram, gram * torch.nan):
         with pytest.raises(ShapeError, match="not positive definite"):
             gptq(weight, broken, Scheme(4))
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_grids_may_be_those_of_another_weight(order):
+    weight, gram = case(4, 24, 60)
+    clipped = weight.clamp(-1, 1)
+    found = gptq(weight, gram, Scheme(3, 8), order=order, grids_of=clipped)
+    assert torch.equal(found.scale, grid(clipped, Scheme(3, 8))[0])
+    with pytest.raises(ShapeError, match="grids of a weight"):
+        gptq(weight, gram, Scheme(3, 8), grids_of=clipped[:2])

@@ -8,8 +8,10 @@ import itertools
 import pytest
 import torch
 
+from llmcourse.bench import pruning_figures
 from llmcourse.bench.prune import CALIBRATION, TEST, pieces
 from llmcourse.bench.pruning_figures import found, perplexities
+from llmcourse.bench.records import Record
 from llmcourse.compress.calibrate import Inputs, calibrate, layers_of
 from llmcourse.compress.masks import Pattern, keep, wanda_scores
 from llmcourse.compress.prune import METHODS, front, prune, pruned_weight, sparsity_of
@@ -19,8 +21,8 @@ from llmcourse.compress.structured import best, refit, shrink, unit_scores
 from llmcourse.errors import ShapeError, UnknownNameError
 from llmcourse.models import ModelConfig, random_model
 from llmcourse.models.perplexity import perplexity
+from llmcourse.widgets.sparsity import draw, error, layer, pruned
 
-SCALE = ("magnitude", "wanda", "sparsegpt")
 SIZES = {
     "vocab_size": 50,
     "d_model": 32,
@@ -144,12 +146,9 @@ def test_one_weight_of_a_row_goes_as_the_optimal_brain_surgeon_says():
 
 
 def test_sparsegpt_leaves_the_output_nearer_than_wanda_and_wanda_nearer_than_magnitude():
-    size = torch.exp(torch.randn(48, generator=torch.Generator().manual_seed(2)))
-    noise = torch.randn(3000, 48, generator=torch.Generator().manual_seed(5))
-    x, w = (noise + 0.3 * features(3000, 48).float()) * size, features(32, 48, 1).float()
-    inputs = Inputs.of(x)
+    w, inputs = layer()
     for pattern in (Pattern(0.5), Pattern(n=2, m=4)):
-        errors = [inputs.error(pruned_weight(w, inputs, m, pattern) - w) for m in SCALE]
+        errors = [inputs.error(pruned_weight(w, inputs, m, pattern) - w) for m in METHODS]
         assert errors == sorted(errors, reverse=True)
 
 
@@ -214,6 +213,22 @@ def test_a_model_that_is_not_pruned_is_not_packed_in_part(net):
     assert not any(isinstance(m, Sparse24Linear) for m in net.modules())
 
 
+# ── the explorable ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tighter_patterns_lose_more_and_every_choice_draws():
+    w, inputs = layer()
+    for method in METHODS:
+        lost = [
+            error(w, inputs, pruned(w, inputs, method, at, 0.5))
+            for at in ("anywhere", "2:4", "whole columns")
+        ]
+        assert lost == sorted(lost)
+    assert draw("wanda", "whole columns", 0.75).axes
+    with pytest.raises(UnknownNameError, match="3:4:5"):
+        pruned(w, inputs, "wanda", "3:4:5", 0.5)
+
+
 # ── structured ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -239,12 +254,12 @@ def test_a_smaller_model_is_the_large_one_with_units_switched_off(net, tokens):
     assert (small.config.n_heads, small.config.n_kv_heads, small.config.d_ff) == (4, 2, 15)
     off, seen = copy.deepcopy(net), calibrate(net, tokens)
     for i, block in enumerate(off.blocks):
-        for layer, size, count in ((block.mlp.down, 1, 15), (block.mixer.out, 16, 2)):
+        for linear, size, count in ((block.mlp.down, 1, 15), (block.mixer.out, 16, 2)):
             gram = seen[f"blocks.{i}.{'mlp.down' if size == 1 else 'mixer.out'}"].gram
-            stay = best(unit_scores(layer.weight, gram, size), count)
-            gone = sorted(set(range(layer.in_features // size)) - set(stay.tolist()))
+            stay = best(unit_scores(linear.weight, gram, size), count)
+            gone = sorted(set(range(linear.in_features // size)) - set(stay.tolist()))
             for unit in gone:
-                layer.weight[:, unit * size : unit * size + size] = 0
+                linear.weight[:, unit * size : unit * size + size] = 0
     assert torch.allclose(small(tokens), off(tokens), atol=1e-5)
 
 
@@ -274,6 +289,38 @@ def test_perplexities_of_the_real_model_at_one_half_are_in_order(smol):
         values.append(perplexity(half, test))
     assert values == sorted(values)
     assert values[3] > 1.5 * values[0] > values[2]
+
+
+def test_the_notebooks_figures_are_drawn_from_records_and_say_when_there_is_none(monkeypatch):
+    from matplotlib.figure import Figure
+
+    dense = {"kind": "dense", "perplexity": 10.0, "read_seconds": 1.0}
+    rows = [
+        {"kind": kind, "method": m, "pattern": p, "sparsity": 0.5, "perplexity": 20.0}
+        for kind, p in (("unstructured", "50%"), ("pattern", "2:4"))
+        for m in METHODS
+    ]
+    less = {"kind": "structured", "name": "half", "sparsity": 0.3, "perplexity": 30.0, "read_seconds": 0.5}
+    rows += [dense, less | {"fit": False}, less | {"fit": True}]
+    times = [
+        {"n": 14336, "k": 4096, "m": 1, "who": w, "us": u} for w, u in (("cublas", 44.0), ("ours", 22.0))
+    ]
+    versions = {"torch": "2"}
+    records = {
+        "prune": Record("prune", {"name": "GPU"}, versions, "2026-01-01", "", rows),
+        "sparse24": Record("sparse24", {"name": "GPU"}, versions, "2026-01-01", "", times),
+    }
+    monkeypatch.setattr(pruning_figures, "found", records.get)
+    assert "recorded on GPU" in pruning_figures.perplexity_figure(Figure())
+    assert "2.00" in repr(pruning_figures.structured_table())
+    assert "2.00, ours" in repr(pruning_figures.times_table())
+    monkeypatch.setattr(pruning_figures, "found", lambda name: None)
+    for shown in (pruning_figures.perplexity_figure(Figure()), pruning_figures.times_table()):
+        assert "not recorded yet" in shown
+    # At best a product of one row waits for bytes, one of thousands for FLOPs.
+    few, many = ([pruning_figures.at_best(3e12, 8e14, m, share=s) for s in (1, 0.5)] for m in (1, 8192))
+    assert few[0] > 1.9 * few[1]
+    assert many[0] == many[1]
 
 
 def test_the_recorded_perplexities_at_one_half_are_in_order():

@@ -175,6 +175,8 @@ def test_a_bfloat16_weight_is_quantized_as_the_same_numbers_in_float32():
         (lambda: Scheme(4, codes="fp5"), "fp5"),
         (lambda: quantize(torch.ones(3), Scheme(4)), r"shape \[3\]"),
         (lambda: quantize(torch.ones(3, 3, dtype=torch.int8), Scheme(4)), "int8"),
+        (lambda: quantize(torch.tensor([[1.0, torch.inf]]), Scheme(4)), r"inf at \[0, 1\]"),
+        (lambda: quantize(torch.tensor([[torch.nan, 1.0]]), Scheme(4, symmetric=False)), r"nan at \[0, 0\]"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused_with_the_numbers(make, says):

@@ -37,13 +37,14 @@ def target(
     capability: int,
     dtype: torch.dtype = torch.bfloat16,
     asymmetric: bool = False,
+    quick: bool = True,
 ) -> Target:
     """What the compiler makes of the launch for these shapes."""
     x, packed = meta(m, k, dtype=dtype), meta(n, k * bits // 8, dtype=torch.uint8)
     groups = max(1, k // group)
     zero = meta(n, groups, dtype=torch.uint8) if asymmetric else None
     scale, out = meta(n, groups, dtype=torch.bfloat16), meta(m, n, dtype=dtype)
-    kernel, _, arguments, constants = launch_of(x, packed, scale, zero, out, bits, group, plan, quick=True)
+    kernel, _, arguments, constants = launch_of(x, packed, scale, zero, out, bits, group, plan, quick=quick)
     return compile_report(kernel, *arguments, capabilities=(capability,), **constants)[capability]
 
 

@@ -78,7 +78,7 @@ RUNGS = {
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_rung_gives_the_same(interpreter, rung, bits):
-    for group, k, symmetric in ((32, 160, True), (64, 200, False), (None, 72, True), (None, 77, False)):
+    for group, k, symmetric in ((32, 160, True), (64, 200, False), (None, 77, False)):
         x, arguments, exact = case(2 if rung == "gemv" else 9, 21, k, bits, group, symmetric)
         for _ in range(2):  # the counters of the parts were left at 0
             out = quant_matmul(x, *arguments, plan=RUNGS[rung], backend="interpret")
@@ -220,8 +220,10 @@ def test_what_cannot_be_multiplied_is_refused_in_three_parts(interpreter):
 
 
 def shipped():
-    for (bits, m), capability in itertools.product(quant_plan.DOT, (80, 90)):
-        yield bits, m, capability
+    for bits, m in quant_plan.DOT:
+        yield bits, m, 90
+        if (bits, m) in ((4, 8), (8, 64)):
+            yield bits, m, 80
     for bits in (4, 8):
         yield bits, 1, 75
 
@@ -243,11 +245,28 @@ def test_shipped_plans_compile_without_spills_and_read_16_bytes_at_a_time(bits, 
     assert not [name for name in made.opcodes if name.startswith("I2F.") and "16" in name]
 
 
+def test_unpacking_by_exponents_takes_far_fewer_instructions():
+    plan = QuantPlan("dot", 8, 64, 128, 4, 4)
+    quick, plain = (
+        target(plan, 8, 14336, 4096, bits=4, group=128, capability=90, quick=q).instructions
+        for q in (True, False)
+    )
+    assert quick < 0.6 * plain
+
+
 # the compiled kernel, run
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (8, False)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "dtype"),
+    [
+        (4, True, torch.bfloat16),
+        (4, False, torch.float16),
+        (8, True, torch.float16),
+        (8, False, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_the_compiled_kernel_gives_the_exact_product_but_for_rounding(bits, symmetric, dtype):
     x, (packed, scale, zero, bits, _), exact = case(3, 70, 512, bits, 128, symmetric, dtype)
     plan = QuantPlan("dot", 8, 64, 128, 4, 3, splits=2)
@@ -256,24 +275,23 @@ def test_the_compiled_kernel_gives_the_exact_product_but_for_rounding(bits, symm
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "plan"),
+    ("m", "n", "k", "group", "plan"),
     [
-        (3, 70, 544, QuantPlan("dot", 8, 64, 128, 4, 3, splits=2)),
-        (3, 70, 640, QuantPlan("dot", 8, 32, 128, 2, 4, splits=3, substeps=2)),
-        (19, 50, 512, QuantPlan("dot", 16, 64, 128, 2, 3, splits=1)),
-        (40, 128, 256, QuantPlan("dot", 32, 128, 128, 4, 3, splits=1)),
+        (3, 70, 544, 544, QuantPlan("dot", 8, 64, 128, 4, 3, splits=2)),
+        (3, 70, 640, 128, QuantPlan("dot", 8, 32, 128, 2, 4, splits=3, substeps=2)),
+        (19, 50, 512, 128, QuantPlan("dot", 16, 64, 128, 2, 3, splits=1)),
+        (40, 128, 256, 256, QuantPlan("dot", 32, 128, 128, 4, 3, splits=1)),
     ],
     ids=str,
 )
-def test_tails_of_all_three_sizes_are_right_in_the_compiled_kernel(m, n, k, plan):
-    for group in (128, k):
-        x, (packed, scale, zero, bits, _), exact = case(m, n, k, 4, group, dtype=torch.bfloat16)
-        out = on_the_machine(x, packed, scale, zero, bits, group, plan)
-        assert error(out, exact) < 8e-3
+def test_tails_of_all_three_sizes_are_right_in_the_compiled_kernel(m, n, k, group, plan):
+    x, (packed, scale, zero, bits, _), exact = case(m, n, k, 4, group, dtype=torch.bfloat16)
+    out = on_the_machine(x, packed, scale, zero, bits, group, plan)
+    assert error(out, exact) < 8e-3
 
 
 def test_the_compiled_gemv_is_right():
-    for dtype, bits in itertools.product((torch.float16, torch.bfloat16, torch.float32), (4, 8)):
+    for dtype, bits in ((torch.float16, 8), (torch.bfloat16, 4), (torch.float32, 4)):
         x, (packed, scale, zero, bits, group), exact = case(2, 21, 256, bits, 128, False, dtype)
         out = on_the_machine(x, packed, scale, zero, bits, group, QuantPlan("gemv", 1, 8, 256, 2, 1))
         assert error(out, exact) < ROUNDING[dtype]

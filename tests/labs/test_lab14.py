@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -14,17 +16,16 @@ from llmcourse.compress.quantized_linear import QuantizedLinear, quantize_model
 from llmcourse.grading.bank import examine, faults
 from llmcourse.grading.trial import LocalSubject, Trial
 from llmcourse.grading.verdict import judge
+from llmcourse.kernels.counters import interpreting
 from llmcourse.labs import find_lab
-from llmcourse.labs.lab14_quantization import gptq_update as of_gptq
-from llmcourse.labs.lab14_quantization import pack_int4 as of_pack
-from llmcourse.labs.lab14_quantization import straight_through as of_step
 from llmcourse.models import Transformer
 from llmcourse.plug import PlugError, plug
 from llmcourse.train.fit import build, one_thread
 from llmcourse.train.small import small
 from llmcourse.train.tasks import Text
 
-LAB = find_lab("14")
+LAB, KERNEL = find_lab("14"), "dequant_gemv"
+of_pack, of_gptq, of_gemv, of_step = (import_module(e.checks[0].run.__module__) for e in LAB.exercises)
 EXERCISES = {e.name: e for e in LAB.exercises}
 TEXT = Text("the quick brown fox jumps over the lazy dog; " * 40)
 SHIFTED, COARSE = Scheme(4, 32, symmetric=False), Scheme(4, 32)
@@ -68,6 +69,14 @@ def test_the_codes_that_judge_gptq_are_the_packages(order):
     assert np.array_equal(of_gptq.expected(weight, gram, steps), own.codes.numpy())
 
 
+@pytest.mark.parametrize("scheme", [SHIFTED, COARSE])
+def test_the_product_that_judges_is_with_the_weights_that_the_package_reads_back(scheme):
+    q, x = quantize.quantize(torch.randn(5, 96), scheme), torch.randn(96)
+    zero = torch.full_like(q.scale, 8.0) if q.zero is None else q.zero
+    got = of_gemv.expected((x, q.packed(), q.scale.float(), zero.float()), 32)
+    np.testing.assert_allclose(got, (q.dequantize(torch.float64) @ x.double()).numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_output_error_that_judges_is_that_of_the_outputs():
     x, w = torch.randn(7, 40).double(), torch.randn(3, 7).double()
     codes = w.round()
@@ -95,7 +104,7 @@ def test_each_mistake_is_rejected_and_named_and_each_right_solution_accepted(nam
     assert len(exercise.mistakes) >= 6
     assert len(exercise.alternatives) >= 2
     assert len(exercise.hints) >= 3
-    for seed in (11, 12):
+    for seed in (11,) if name == KERNEL else (11, 12):
         entries = examine(exercise, seed)
         assert not faults(entries)
         assert seed == 11 or max(e.seconds for e in entries) < 2
@@ -104,7 +113,7 @@ def test_each_mistake_is_rejected_and_named_and_each_right_solution_accepted(nam
 @pytest.mark.parametrize("name", EXERCISES)
 def test_right_functions_pass_on_many_seeds(name):
     for alternative in EXERCISES[name].alternatives:
-        for seed in range(40, 46):
+        for seed in range(40, 42 if name == KERNEL else 46):
             found = verdict(name, alternative.fn, seed)
             assert found.ok, (alternative.name, seed, str(found))
 
@@ -153,6 +162,19 @@ def test_gptq_with_a_learners_loop_is_the_packages(alternative):
         assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
+@pytest.mark.parametrize("alternative", EXERCISES["dequant_gemv"].alternatives, ids=lambda a: a.name)
+@pytest.mark.parametrize("scheme", [SHIFTED, COARSE], ids=str)
+def test_a_model_says_the_same_through_a_learners_kernel(alternative, scheme):
+    model, one = quantize_model(a_model(), scheme), tokens()[:1, :1]
+    own = model(one)
+    with plug(dequant_gemv=alternative.fn) as used, interpreting():
+        mine = model(one)
+        many = model(tokens())
+    assert used.calls["dequant_gemv"] == 8  # 2 blocks of 4 layers; many rows go another way
+    assert torch.allclose(mine, own, atol=1e-4)
+    assert torch.allclose(many, model(tokens()), atol=1e-5)
+
+
 @pytest.mark.parametrize("alternative", EXERCISES["straight_through"].alternatives, ids=lambda a: a.name)
 @one_thread()
 def test_a_training_through_a_learners_rounding_is_nearly_the_packages(alternative):
@@ -163,7 +185,8 @@ def test_a_training_through_a_learners_rounding_is_nearly_the_packages(alternati
     with plug(straight_through=alternative.fn) as used:
         mine = trained()
     assert used.calls["straight_through"] > 0
-    assert mine == pytest.approx(own, rel=0.05)
+    assert mine[:3] == pytest.approx(own[:3], rel=0.05)  # weights at the very end of the grid get no gradient
+    assert mine[-1] == pytest.approx(own[-1], rel=0.5)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +197,8 @@ def test_a_training_through_a_learners_rounding_is_nearly_the_packages(alternati
         ("gptq_update", lambda weight, gram, scale: weight[:1], "of shape"),
         ("gptq_update", lambda weight, gram, scale: weight * 0 + 8, "something else than the codes"),
         ("gptq_update", lambda weight, gram, scale: weight, "something else than the codes"),
+        ("dequant_gemv", lambda x, packed, scale, zero, group, rows: x[:3], "has shape"),
+        ("dequant_gemv", lambda x, packed, scale, zero, group, rows: None, "None"),
         ("straight_through", lambda x, weight, scale: weight, "y is of shape"),
         ("straight_through", lambda x, weight, scale: (x @ weight.T).double(), "float64"),
     ],
@@ -182,7 +207,7 @@ def test_what_does_not_fit_the_package_is_refused(name, wrong, says):
     model = a_model()
 
     def run():
-        quantize_model(model, SHIFTED if name == "pack_int4" else COARSE)
+        quantize_model(model, SHIFTED if name == "pack_int4" else COARSE)(tokens()[:1, :1])
         layer = model.blocks[0].mlp.down
         gptq.gptq(layer.weight, torch.eye(layer.in_features), COARSE)
         qat(model, iter([tokens()] * 2), COARSE, steps=1)

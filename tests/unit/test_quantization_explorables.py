@@ -111,7 +111,7 @@ def test_a_budget_buys_the_best_that_fits():
 
 def test_moving_the_budget_or_the_scale_draws_another_picture_and_back_the_same():
     shown = explore(POINTS, budget=100e6)
-    for name in ("budget", "above"):
+    for name in ("budget", "most"):
         control, before = shown.controls[name], bytes(shown.image.value)
         first, last = control.value, control.options[-1]
         control.value = last[1]

@@ -130,7 +130,7 @@ def nearer(t: Trial) -> None:
     weight, gram, scale = _draw(t, 16, 32)
     codes = _agree(t, weight, gram, scale)
     t.unchanged()
-    nearest = np.clip(np.rint(weight / scale), LOW, HIGH)
+    nearest = np.clip(np.rint(np.asarray(weight / scale)), LOW, HIGH)
     ours, theirs = (output_error(weight, gram, scale, c) for c in (np.asarray(codes, dtype=float), nearest))
     if ours > 0.8 * theirs:
         raise Mismatch(f"the error of the outputs is {ours:.4g}, and {theirs:.4g} by rounding to the nearest")

@@ -18,8 +18,8 @@ mask_24 = Exercise(
     shapes=(
         "weight   tensor [N, K], K a multiple of 4: y = x @ weight.T",
         "x        tensor [S, K]: inputs of the layer, S tokens of a text",
-        "returns  bool tensor [N, K]: True where a weight stays. Of columns 4g … 4g+3 of each row exactly the",
-        "         two with the highest scores stay; of equal scores any",
+        "returns  bool tensor [N, K]: True where a weight stays. Of columns 4g … 4g+3 of each row exactly",
+        "         the two with the highest scores stay; of equal scores any",
     ),
     formula="score[n, k] = |weight[n, k]| · √(Σ_s x[s, k]²)",
     difficulty=2,
@@ -28,8 +28,8 @@ mask_24 = Exercise(
     points=4,
     hints=(
         "How much does y change if a single weight becomes zero? Why is its size alone not the answer?",
-        "The change of y[:, n] is weight[n, k] · x[:, k], and its norm is the score: a product of [N, K] with "
-        "[K]. Then weights compete with their three neighbours of the same row: view the scores as "
+        "The change of y[:, n] is weight[n, k] · x[:, k], and its norm is the score: a product of [N, K] "
+        "with [K]. Then weights compete with their three neighbours of the same row: view the scores as "
         "[N, K / 4, 4] and take the two largest along the last dimension.",
         "scores = weight.abs() * x.norm(dim=0); groups = scores.view(N, -1, 4); "
         "best = groups.topk(2, dim=-1).indices; torch.zeros_like(groups, dtype=torch.bool)"
@@ -183,7 +183,7 @@ def half_of_row(weight: Any, x: Any) -> Any:
 )
 def down_columns(weight: Any, x: Any) -> Any:
     scores = _scores(weight, x)
-    rows, columns = scores.shape
+    rows = scores.shape[0]
     padded = torch.nn.functional.pad(scores.T, (0, -rows % 4), value=-1.0).contiguous()
     return _two_of_four(padded)[:, :rows].T.contiguous()
 

@@ -31,9 +31,9 @@ pack_24 = Exercise(
     hints=(
         "How many bytes does a row of K 16-bit weights take now? Which of the numbers that you need does "
         "`mask.nonzero()` give, and in which order?",
-        "A boolean index reads a row from left to right: weight[mask] is all values in order, and since every "
-        "row keeps K/2, it is [N, K/2] after a view. The column of each, modulo 4, is its place; four places "
-        "make a byte, shifted by 0, 2, 4 and 6 bits.",
+        "A boolean index reads a row from left to right: weight[mask] is all values in order, and since "
+        "every row keeps K/2, it is [N, K/2] after a view. The column of each, modulo 4, is its place; four "
+        "places make a byte, shifted by 0, 2, 4 and 6 bits.",
         "values = weight[mask].view(N, -1); columns = mask.nonzero()[:, 1]; "
         "places = (columns % 4).view(N, -1, 4); "
         "byte = (places << torch.tensor([0, 2, 4, 6])).sum(-1).to(torch.uint8); return values, byte.",

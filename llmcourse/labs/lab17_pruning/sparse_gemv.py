@@ -36,9 +36,9 @@ sparse_gemv = Exercise(
         "another load. The column of value (b, slot) is 8·b + 4·(slot // 2) + place, and x there is one "
         "element for each value. A uint8 must be widened before it is shifted.",
         "b, slot = tl.arange(0, BLOCK)[:, None], tl.arange(0, 4)[None, :]; byte = tl.load(places + n * WORDS "
-        "+ b, mask=b < WORDS, other=0).to(tl.int32); column = 8 * b + 4 * (slot // 2) + ((byte >> (2 * slot)) "
-        "& 3); v = tl.load(values + n * 4 * WORDS + 4 * b + slot, mask=b < WORDS, other=0.0); u = tl.load(x + "
-        "column, mask=b < WORDS, other=0.0); then the sum of their product in float32.",
+        "+ b, mask=b < WORDS, other=0).to(tl.int32); column = 8 * b + 4 * (slot // 2) + ((byte >> (2 * slot))"
+        " & 3); v = tl.load(values + n * 4 * WORDS + 4 * b + slot, mask=b < WORDS, other=0.0); u = tl.load(x "
+        "+ column, mask=b < WORDS, other=0.0); then the sum of their product in float32.",
     ),
 )
 
@@ -105,7 +105,7 @@ def traffic(t: Trial) -> None:
         call,
         loads=values.nbytes + places.nbytes + values.numel() * x.itemsize,
         stores=len(values) * x.itemsize,
-        reads=f"values ({values.nbytes:,}) and places ({places.nbytes:,}) once, of x an element for each value",
+        reads=f"values ({values.nbytes:,}) and places ({places.nbytes:,}) once, x once for each value",
         writes="y once",
     )
 
