@@ -276,8 +276,7 @@ def step_rows(config: ModelConfig, n: int, rank: int, counts: tuple[int, ...], d
         for path, served in layers.items():
             model.set_submodule(path, served)
         for count in counts:
-            rows.known = [i % count for i in range(n)]
-            rows.ids = torch.tensor(rows.known, dtype=torch.int32, device=device)
+            rows.set([i % count for i in range(n)], device)
             found = _one(once, device)
             out.append(
                 {

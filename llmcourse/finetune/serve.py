@@ -42,12 +42,22 @@ def grouped(ids: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
 class Rows:
     """Which adapter each sequence of the batch has, shared by all layers: on the device, and as a list.
 
-    ids   int32 [B]; None: no sequence has one
+    ids   int32 [B]; None: no sequence has one. For each B one tensor, written anew, so that a CUDA graph
+          that was captured with it follows
     """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
         self.known: list[int] = []
+        self._kept: dict[int, Tensor] = {}
+
+    def set(self, ids: Sequence[int], device: torch.device | str) -> None:
+        """From here on, sequence i has adapter ids[i]; with no ids, none has one."""
+        self.known, self.ids = list(ids), None
+        if self.known:
+            new = torch.tensor(self.known, dtype=torch.int32)
+            self.ids = self._kept.setdefault(len(new), new.to(device))
+            self.ids.copy_(new)
 
     def add(self, y: Tensor, x: Tensor, bank: Bank) -> Tensor:
         """y [B·S, M] with each row's correction: rows of their own in decode, stretches in prefill."""
@@ -109,13 +119,12 @@ class Served:
             raise ShapeError(
                 f"there is no adapter {bad[0]}.", f"{self.count} are served, from 0.", "one of them, or −1."
             )
-        before = self._rows.ids, self._rows.known
-        self._rows.ids = torch.tensor(ids, dtype=torch.int32, device=self.model.device)
-        self._rows.known = list(ids)
+        before = self._rows.known
+        self._rows.set(ids, self.model.device)
         try:
             yield
         finally:
-            self._rows.ids, self._rows.known = before
+            self._rows.set(before, self.model.device)
 
     def remove(self) -> None:
         for name, layer in self.layers.items():

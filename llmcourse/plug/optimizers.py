@@ -141,7 +141,11 @@ _POINTS: tuple[tuple[Any, ...], ...] = (
         ("logits", "targets"),
         "(loss, grad)",
         "Mean cross-entropy of logits [N, V] over targets [N] that are not −100, and its gradient [N, V].",
-        (f"{TRAIN}.fit:token_loss",),
+        (
+            f"{TRAIN}.fit:token_loss",
+            "llmcourse.compress.distill:token_loss",
+            "llmcourse.compress.draft_training:token_loss",
+        ),
         token_loss,
     ),
     (

@@ -130,7 +130,7 @@ for _point in (
         ("weight", "gram", "mask"),
         "tensor",
         "The weight with zeros where the mask is False, the others moved to make up for it.",
-        (f"{PRUNE}:update",),
+        (f"{PRUNE}:update", "llmcourse.compress.sparsegpt:update"),
         sparsegpt_update,
     ),
     Point(

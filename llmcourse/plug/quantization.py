@@ -23,16 +23,21 @@ ROWS = {"cuda": 32, "cpu": 1024}
 
 def pack_int4(code: LearnersCode) -> Callable[..., Quantized]:
     from llmcourse.compress.quantize import Quantized
+    from llmcourse.compress.quantize import quantize as own
 
     def quantize(weight: Tensor, scheme: Scheme) -> Quantized:
+        """Asymmetric INT4 by the learner's function; every other scheme by the package's own."""
         import torch
+
+        if (scheme.bits, scheme.symmetric, scheme.codes) != (4, False, "int"):
+            return own(weight, scheme)
 
         rows, columns = weight.shape
         group = scheme.group or columns
-        if (scheme.bits, scheme.symmetric, scheme.codes) != (4, False, "int") or columns % group or group % 2:
+        if columns % group or group % 2:
             code.refuse(
                 f"a weight {[rows, columns]} is to be stored as {scheme}",
-                "The function makes asymmetric INT4 in groups of an even size that divides the row.",
+                "The function packs groups of an even size that divides the row.",
                 "Scheme(4, 64, symmetric=False).",
             )
         packed, scale, zero = code.parts(code(weight.detach().float(), group), ("packed", "scale", "zero"))
@@ -163,7 +168,10 @@ for _point in (
         ("weight", "group"),
         "(packed, scale, zero)",
         "A weight [N, K] as bytes [N, K/2] of two codes each, with a scale and a zero for every group.",
-        (f"{COMPRESS}.quantize:quantize", f"{COMPRESS}.quantized_linear:quantize"),
+        tuple(
+            f"{COMPRESS}.{module}:quantize"
+            for module in ("quantize", "quantized_linear", "awq", "draft", "llm_int8", "qat", "smoothquant")
+        ),
         pack_int4,
     ),
     Point(
@@ -171,7 +179,7 @@ for _point in (
         ("weight", "gram", "scale"),
         "tensor",
         "Codes [N, K], −8 … 7, rounded column by column, each making up for those before it.",
-        (f"{COMPRESS}.gptq:gptq",),
+        (f"{COMPRESS}.gptq:gptq", f"{COMPRESS}.awq:gptq"),
         gptq_update,
     ),
     Point(

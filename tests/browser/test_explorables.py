@@ -1,4 +1,4 @@
-"""The explorables of chapters 02, 03, 07 to 11 and 14 in JupyterLab: every control, by keyboard and by mouse.
+"""Explorables of chapters 02, 03, 07 to 12 and 14 to 16 in JupyterLab: every control, by keyboard and mouse.
 
 Beside the page, the test holds an explorable of its own. What a control says on the page is given to that
 one, and the two pictures must then be the same, byte for byte: a control that is stuck, a picture that lags
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from base64 import b64decode
 from collections.abc import Iterator
+from functools import partial
 
 import ipywidgets as W
 import nbformat
@@ -48,6 +49,15 @@ shown = number_format("bf16", 0.3)""",
 from llmcourse.widgets.perplexity_size import Stored, explore
 points = [Stored("bf16", "bf16", 269e6, 20.1), Stored("INT8", "RTN", 163e6, 20.2)]
 shown = explore([*points, Stored("INT4", "RTN", 115e6, 24.1), Stored("INT3", "RTN", 101e6, 90.0)])""",
+    "training_ledger": """
+from llmcourse.widgets.training_ledger import explore
+shown = explore()""",
+    "lora_rank": """
+from llmcourse.widgets.lora_rank import explore
+shown = explore()""",
+    "temperature": """
+from llmcourse.widgets.temperature import temperature_explorer
+shown = temperature_explorer()""",
     "attention_patterns": """
 from types import SimpleNamespace
 import torch
@@ -89,11 +99,12 @@ def test_every_control_follows_keyboard_and_mouse_and_the_picture_follows_the_co
             control.value = "the red, the"
             same(page, image, mine)
             continue
-        for move in (press, drag):
+        two = isinstance(control, W.SelectionSlider) and len(control.options) == 2
+        for move in (press, partial(drag, share=0.6 if two else 1 / 3)):
             before = image.evaluate(PNG)
             set_to(control, move(page, rows.nth(i)))
             same(page, image, mine)
-            assert image.evaluate(PNG) != before, f"{control.description}: {move.__name__} changed no pixel"
+            assert image.evaluate(PNG) != before, f"{control.description}: {move} changed no pixel"
     page.screenshot(path=SCREENSHOTS / f"explorable-{name}.png")
     assert page.locator(".jp-CodeCell").count() == len(SHOWN)  # no key went to the notebook's commands
     assert not faults
@@ -113,15 +124,15 @@ def press(page: Page, slider: Locator) -> str:
     return changed(page, slider, before)
 
 
-def drag(page: Page, slider: Locator) -> str:
-    """Drag a slider's handle along a third of its track; what it says then."""
+def drag(page: Page, slider: Locator, share: float) -> str:
+    """Drag a slider's handle along a share of its track; what it says then."""
     before = readout(slider)
     track, handle = (slider.locator(part).bounding_box() for part in (".noUi-target", ".noUi-handle"))
     x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
-    third = track["width"] / 3
+    far = track["width"] * share
     page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(x + third if x + third < track["x"] + track["width"] else x - third, y, steps=4)
+    page.mouse.move(x + far if x + far < track["x"] + track["width"] else x - far, y, steps=4)
     page.mouse.up()
     return changed(page, slider, before)
 

@@ -89,6 +89,21 @@ def test_outside_the_with_and_after_removal_the_model_is_the_plain_one(adapters)
     assert served.model.state_dict().keys() == base().state_dict().keys()
 
 
+def test_ids_of_a_batch_size_stay_in_one_tensor_and_blocks_may_be_nested(adapters):
+    served = serve(base(), adapters)
+    rows = served._rows
+    with served.rows(IDS):
+        first = rows.ids
+        with served.rows([0, 0, 1, 1]):
+            assert rows.ids is first
+            assert rows.ids.tolist() == [0, 0, 1, 1]
+        with served.rows([1]):
+            assert rows.ids.tolist() == [1]
+        assert rows.ids is first
+        assert rows.ids.tolist() == IDS
+    assert rows.ids is None
+
+
 def test_requests_of_one_adapter_are_side_by_side():
     assert grouped([5, -1, 5, 0]) == ([1, 3, 0, 2], [1, 1, 2], [-1, 0, 5])
     assert grouped([]) == ([], [], [])

@@ -218,8 +218,11 @@ def test_what_does_not_fit_the_package_is_refused(name, wrong, says):
 
 def test_a_scheme_that_a_function_was_not_written_for_is_refused():
     right = EXERCISES["pack_int4"].alternatives[0].fn
-    with pytest.raises(PlugError, match="asymmetric INT4"), plug(pack_int4=right):
-        quantize.quantize(torch.randn(4, 64), Scheme(8))
+    with plug(pack_int4=right) as used:
+        quantize.quantize(torch.randn(4, 64), Scheme(8))  # the package's own
+        with pytest.raises(PlugError, match="that divides the row"):
+            quantize.quantize(torch.randn(4, 60), SHIFTED)
+    assert used.calls["pack_int4"] == 0
     right = EXERCISES["gptq_update"].alternatives[0].fn
     with pytest.raises(PlugError, match="codes −8 … 7"), plug(gptq_update=right):
         gptq.gptq(torch.randn(4, 64), torch.eye(64), Scheme(3))

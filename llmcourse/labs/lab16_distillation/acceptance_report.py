@@ -59,9 +59,8 @@ def passes(accepted: np.ndarray, length: int) -> float:
     return float(left[0])
 
 
-def expected(
-    p: np.ndarray, q: np.ndarray, tokens: np.ndarray, length: int
-) -> tuple[float, np.ndarray, float]:
+def expected(*given: Any) -> tuple[float, np.ndarray, float]:
+    p, q, tokens, length = given
     rows = np.arange(len(tokens))
     accepted = np.minimum(1, q[rows, tokens] / p[rows, tokens])
     return float(np.minimum(p, q).sum(1).mean()), accepted, len(tokens) / passes(accepted, length)
@@ -80,7 +79,7 @@ def _draw(t: Trial, places: int, classes: int, apart: float = 1.0) -> list[np.nd
     return [p, q, tokens]
 
 
-def _judge(t: Trial, given: list[np.ndarray], length: int) -> None:
+def _judge(t: Trial, given: Any, length: int) -> None:
     found = t.pair(t.call(*given, length), 3, "(rate, accepted, tokens_per_pass)")
     want = expected(*given, length)
     for got, right, what in zip(found, want, ("rate", "accepted", "tokens_per_pass"), strict=True):

@@ -51,10 +51,9 @@ def _log_softmax(z: np.ndarray) -> np.ndarray:
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-def expected(
-    student: Any, teacher: Any, targets: Any, temperature: float, weight: float
-) -> tuple[float, np.ndarray]:
+def expected(*given: Any) -> tuple[float, np.ndarray]:
     """The loss and its gradient in the student's logits, in float64: w·T·(q − p) + (1 − w)·(q₁ − one-hot)."""
+    student, teacher, targets, temperature, weight = given
     s, t, y = student.double().numpy(), teacher.double().numpy(), targets.numpy()
     asked = y != IGNORE
     n = asked.sum()
@@ -70,7 +69,7 @@ def expected(
     return float(loss), gradient / n
 
 
-def _draw(t: Trial, rows: int, classes: int, *, hidden: float = 0.0, scale: float = 1.5) -> list[Any]:
+def _draw(t: Trial, rows: int, classes: int, *, hidden: float = 0.0, scale: float = 1.5) -> Any:
     targets = t.integers(0, classes, rows)
     mask = t.rng.random(rows) < hidden
     mask[0] = False
@@ -81,7 +80,7 @@ def _draw(t: Trial, rows: int, classes: int, *, hidden: float = 0.0, scale: floa
     ]
 
 
-def _judge(t: Trial, given: list[Any], temperature: float, weight: float) -> None:
+def _judge(t: Trial, given: Any, temperature: float, weight: float) -> None:
     found = t.call(*given, temperature, weight)
     t.close(found, expected(*given, temperature, weight)[0], rtol=2e-5, atol=2e-6)
 

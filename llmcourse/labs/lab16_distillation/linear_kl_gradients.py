@@ -58,7 +58,7 @@ def expected(x: Any, weight: Any, teacher_x: Any, teacher_weight: Any) -> tuple[
     return (p * (log_p - log_q)).sum() / len(a), g @ w, g.T @ a
 
 
-def _draw(t: Trial, tokens: int, classes: int, scale: float = 1.0) -> list[Any]:
+def _draw(t: Trial, tokens: int, classes: int, scale: float = 1.0) -> Any:
     width, teachers = t.odd(3, 7), t.size(8, 12)
     return [
         tensor(t, tokens, width, scale=scale),
@@ -68,7 +68,7 @@ def _draw(t: Trial, tokens: int, classes: int, scale: float = 1.0) -> list[Any]:
     ]
 
 
-def _judge(t: Trial, given: list[Any], value: Any) -> None:
+def _judge(t: Trial, given: Any, value: Any) -> None:
     loss, grad_x, grad_weight = t.pair(value, 3, "(loss, grad_x, grad_weight)")
     want = expected(*given)
     t.close(loss, want[0], "the loss", rtol=2e-5, atol=1e-6)
