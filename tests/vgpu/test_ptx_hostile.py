@@ -54,7 +54,7 @@ def test_no_text_takes_long(what):
         parse(TEXTS[what])
     except PtxError as error:
         assert len(str(error).splitlines()) == 3  # noqa: PT017
-    assert process_time() - began < 8
+    assert process_time() - began < 20  # a quadratic parser would need minutes
 
 
 def test_the_limit_is_the_callers():
