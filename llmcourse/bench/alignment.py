@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +32,7 @@ from llmcourse.train.alignment import (
     train_grpo,
 )
 from llmcourse.train.alignment.rewards import Task
+from llmcourse.train.precision import tf32
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,6 @@ def align(
             rows.append(row)
             del run
     return rows
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """float32 products on tensor cores, inputs rounded to 10 bits of mantissa, inside the `with`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def run(device: str) -> tuple[list[dict[str, Any]], list[str]]:

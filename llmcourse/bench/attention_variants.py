@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -33,6 +31,7 @@ from llmcourse.models.mla import LatentAttention, LatentState
 from llmcourse.models.sizes import LatentSizes
 from llmcourse.models.step import Step
 from llmcourse.train.fit import build, cross_entropy, fit
+from llmcourse.train.precision import tf32
 from llmcourse.train.tasks import Batch, Text
 from llmcourse.train.variants import Change, equal_parameters, grouped, latent, windowed
 
@@ -100,7 +99,7 @@ def trained(name: str, seed: int, device: str) -> list[Row]:
     steps, batch, length = (6, 4, 32) if small else (400, 64, 256)
     held = text.batches(batch=batch, length=length, seed=10**6, held_out=True, device=device)
     test = list(islice(held, 2 if small else 16))
-    with _tf32():
+    with tf32():
         model = build(Transformer, config, seed=seed).to(device)
         train = text.batches(batch=batch, length=length, seed=seed, device=device)
         fit(model, train, steps=steps, lr=2e-3)
@@ -167,17 +166,6 @@ def text_config(vocab_size: int, *, small: bool = False) -> ModelConfig:
 def held_out_loss(model: Transformer, test: list[Batch]) -> float:
     """Mean nats a character."""
     return math.fsum(cross_entropy(model, batch).item() for batch in test) / len(test)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Float32 products on tensor cores: enough for training, twice as fast or more."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ------------------------------------------------------------------------------------------------- decode

@@ -16,8 +16,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from llmcourse.models import Transformer
 from llmcourse.train.fit import one_thread
 from llmcourse.train.loop import Trainer
 from llmcourse.train.mfu import flops_per_token, mfu, peak_flops
+from llmcourse.train.precision import tf32
 from llmcourse.train.pretrain import PLANS, Corpus, Plan, corpus, read_plays, trainer_of, write
 
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def _run(device: str) -> tuple[list[Row], list[str]]:
 def main_run(plan: Plan, data: Corpus, device: str, began: float, tokenizer_s: float) -> Row:
     """The pre-training itself. `began`: when the clock of `total_s` started, before the tokenizer."""
     gpu = device == "cuda"
-    with _tf32(gpu):
+    with tf32(gpu):
         trainer = trainer_of(plan, data, device=device, forward=torch.compile if gpu else None)
         first = time.perf_counter()
         _steps(trainer, 3)  # compiled here, and part of the run
@@ -113,10 +113,10 @@ def main_run(plan: Plan, data: Corpus, device: str, began: float, tokenizer_s: f
 def ladder_rows(plan: Plan, data: Corpus, device: str) -> list[Row]:
     """Tokens a second of a few steps at each rung, its own FLOPs over its own peak."""
     rows = []
-    for name, precision, tf32, compiled in LADDER:
-        if device == "cpu" and (tf32 or compiled):
+    for name, precision, tensor_cores, compiled in LADDER:
+        if device == "cpu" and (tensor_cores or compiled):
             continue
-        with _tf32(tf32):
+        with tf32(tensor_cores):
             rung = replace(plan, precision=precision)
             trainer = trainer_of(
                 rung, data, device=device, forward=torch.compile if compiled else None, tests=1
@@ -129,7 +129,7 @@ def ladder_rows(plan: Plan, data: Corpus, device: str) -> list[Row]:
                 speeds.append((trainer.curve.tokens - before) / seconds)
         speed = sorted(speeds)[1]
         row = {"kind": "ladder", "name": name, "tokens_per_s": speed, "low": min(speeds), "high": max(speeds)}
-        row["mfu"] = _mfu(trainer, rung, speed, device, tf32=tf32)
+        row["mfu"] = _mfu(trainer, rung, speed, device, tf32=tensor_cores)
         if device == "cuda":
             row["memory_bytes"] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -144,7 +144,7 @@ def scaling_rows(plan: Plan, data: Corpus, device: str, *, largest: Row) -> list
         heads = max(1, width // 64)
         d_ff = 8 * round(width * 8 / 3 / 8)
         smaller = replace(plan, width=width, layers=layers, heads=heads, d_ff=d_ff, lr=plan.lr * 1.5)
-        with _tf32(device == "cuda"):
+        with tf32(device == "cuda"):
             trainer = trainer_of(smaller, data, device=device)
             trainer.run(smaller.steps, test_every=max(1, plan.steps // 20), progress=False)
         rows.append(_scaling_row(trainer, smaller, data))
@@ -181,7 +181,7 @@ def resume_row(plan: Plan, data: Corpus, device: str) -> Row:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(device == "cuda", warn_only=True)
     try:
-        with tempfile.TemporaryDirectory() as folder, _tf32(device == "cuda"):
+        with tempfile.TemporaryDirectory() as folder, tf32(device == "cuda"):
             whole, first, second = (trainer_of(small, data, device=device, tests=1) for _ in range(3))
             whole.run(20, progress=False)
             first.run(10, folder=folder, progress=False)
@@ -218,14 +218,3 @@ def _mfu(trainer: Trainer, plan: Plan, speed: float, device: str, *, tf32: bool)
         speed, flops_per_token(trainer.model, cast(Transformer, trainer.model).config, plan.length), peak
     )
     return share if math.isfinite(share) else 0.0
-
-
-@contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    """Float32 products on tensor cores inside the `with`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -43,11 +43,7 @@ class Corpus:
 
 def features(model: Transformer, tokens: Tensor) -> Tensor:
     """What a model's head reads, [B, S, E], for tokens [B, S]: its logits before the last product."""
-    step = model.plan(tokens, None)
-    x = model.positions(model.embedding(tokens), step.position_ids)
-    for block in model.blocks:
-        x = block(x, step, None)
-    return model.norm(x)
+    return model.features(tokens, model.plan(tokens, None))
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llmcourse.compress.inverse_factor import inverse_factor
 from llmcourse.compress.quantize import TENSOR, Quantized, Scheme, encode, grid, require_matrix
 from llmcourse.errors import ShapeError
 
@@ -72,7 +73,7 @@ def gptq(
     if sequence is not None:
         w = w[:, sequence]
     group_of = [k // size for k in (range(columns) if sequence is None else sequence.tolist())]
-    factor = inverse_factor(gram, damping, sequence)
+    factor = damped_factor(gram, damping, sequence)
     column = replace(scheme, group=None)  # of one column every row has one scale
     codes = torch.empty(w.shape, dtype=torch.int8 if scheme.low else torch.uint8, device=w.device)
     step = -(-block // size) * size if late else block  # a group's weights must be up to date when it begins
@@ -99,7 +100,7 @@ def gptq(
     return Quantized(codes, scale, zero, scheme, (weight.shape[0], columns))
 
 
-def inverse_factor(gram: Tensor, damping: float, sequence: Tensor | None = None) -> Tensor:
+def damped_factor(gram: Tensor, damping: float, sequence: Tensor | None = None) -> Tensor:
     """The upper Cholesky factor U of (G + λI)⁻¹ = Uᵀ U, its features taken in `sequence`; [K, K].
 
     Computed in float64: a Gram matrix of fewer rows than features is singular but for λ. A feature that was
@@ -112,14 +113,7 @@ def inverse_factor(gram: Tensor, damping: float, sequence: Tensor | None = None)
     diagonal += damping * mean
     if sequence is not None:
         h = h[sequence][:, sequence]
-    lower, failed = torch.linalg.cholesky_ex(h)
-    if int(failed):
-        raise ShapeError(
-            f"the Gram matrix, damped by {damping}, is not positive definite (row {int(failed)}).",
-            "Σ x xᵀ is, up to the rounding of its sums; one of numbers that are not finite is not, either.",
-            "calibrate(…, dtype=torch.float64), a larger damping, or a look at the inputs for inf and nan.",
-        )
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(gram.dtype)
+    return inverse_factor(h).to(gram.dtype)
 
 
 def _check(weight: Tensor, gram: Tensor, damping: float, block: int) -> None:

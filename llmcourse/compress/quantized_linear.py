@@ -175,8 +175,7 @@ def quantize_model(
             new = QuantizedLinear(new, layer.bias)
         if isinstance(new, QuantizedLinear):
             new.like = new.like.to(layer.weight.dtype)
-        parent, _, last = name.rpartition(".")
-        setattr(smaller.get_submodule(parent), last, new)
+        smaller.set_submodule(name, new)
         replaced += 1
     if not replaced:
         raise ShapeError(

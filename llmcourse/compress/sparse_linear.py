@@ -55,6 +55,5 @@ def pack_model(model: nn.Module) -> tuple[int, int]:
     packed = {name: Sparse24Linear(layer) for name, layer in layers.items()}
     before = sum(layer.weight.nbytes for layer in layers.values())
     for name, layer in packed.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
     return before, sum(layer.packed.nbytes for layer in packed.values())

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcourse.compress.inverse_factor import inverse_factor
 from llmcourse.compress.masks import Pattern, keep, require_matrix
 from llmcourse.errors import ShapeError
 
@@ -37,12 +38,6 @@ def damped(gram: Tensor, damp: float = DAMP) -> Tensor:
     diagonal[diagonal == 0] = 1
     diagonal += damp * diagonal.mean()
     return hessian
-
-
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """U [K, K], upper triangular, with UᵀU the inverse of a positive definite matrix."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from llmcourse.compress.calibrate import calibrate
+from llmcourse.compress.calibrate import calibrate, layers_of
 from llmcourse.errors import ShapeError
 from llmcourse.models.attention import Attention
 from llmcourse.models.loading import assemble
@@ -130,6 +130,4 @@ def rows_of(units: Tensor, size: int) -> Tensor:
 
 def linear_parameters(model: nn.Module) -> int:
     """Weights of all linear layers of the blocks."""
-    from llmcourse.compress.calibrate import layers_of
-
     return sum(layer.weight.numel() for layer in layers_of(model).values())

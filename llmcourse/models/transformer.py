@@ -85,10 +85,16 @@ class Transformer(nn.Module):
 
     def run(self, tokens: Tensor, step: Step, cache: KVCache | None, *, last_only: bool = False) -> Tensor:
         """The layers, for a step already planned. Only device work: a CUDA graph can capture it."""
+        return self.head(self.features(tokens, step, cache, last_only=last_only))
+
+    def features(
+        self, tokens: Tensor, step: Step, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
+        """What the head reads, [B, S, E] or [B, 1, E]: for a loss that never holds all logits."""
         x = self.positions(self.embedding(tokens), step.position_ids)
         for i, block in enumerate(self.blocks):
             x = block(x, step, None if cache is None else cache.layers[i])
-        return self.head(self.norm(x[:, -1:] if last_only else x))
+        return self.norm(x[:, -1:] if last_only else x)
 
     def plan(self, tokens: Tensor, cache: KVCache | None) -> Step:
         """Positions, mask and rotary tables of one pass over tokens [B, S]."""

@@ -19,8 +19,8 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,3 +186,14 @@ class MasterWeights:
             model.copy_(master)
             if free_gradients:
                 master.grad = None
+
+
+@contextmanager
+def tf32(on: bool = True) -> Iterator[None]:
+    """Float32 products on tensor cores, inputs rounded to 10 bits of mantissa, inside the `with`; or not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

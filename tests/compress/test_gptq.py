@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcourse.compress.calibrate import Inputs
-from llmcourse.compress.gptq import gptq, inverse_factor
+from llmcourse.compress.gptq import damped_factor, gptq
 from llmcourse.compress.quantize import Quantized, Scheme, encode, grid, quantize
 from llmcourse.errors import ShapeError
 from llmcourse.train.fit import one_thread
@@ -117,7 +117,7 @@ def test_fewer_rows_than_features_are_enough():
 
 def test_the_factor_holds_the_inverses_of_all_remaining_features():
     _, gram = case(1, 12, 40)
-    factor = inverse_factor(gram, 0.01)
+    factor = damped_factor(gram, 0.01)
     h = gram + 0.01 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     for j in range(12):
         inverse = torch.linalg.inv(h[j:, j:])
