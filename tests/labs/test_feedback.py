@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small_lab
 from bs4 import BeautifulSoup
+from cpu_time import least
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from llmcourse.grading.database import Mark, Score
@@ -150,6 +150,5 @@ def test_a_very_long_answer_is_shown_as_typed() -> None:
 @pytest.mark.parametrize("line", ["  \n", " \n", "\t\n", "\n"])
 def test_thousands_of_blank_lines_do_not_hold_up_a_class(line) -> None:
     code = (line * 20_000)[:19_000] + "x = 1"
-    began = perf_counter()
     assert "x = 1" in words(page(LAB, a_score(), a_notebook(code=code)))
-    assert perf_counter() - began < 2.5
+    assert least(lambda: page(LAB, a_score(), a_notebook(code=code)), within=2.5) < 2.5

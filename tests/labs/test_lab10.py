@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from importlib import import_module
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_time import least
 
 from llmcourse.grading.trial import LocalSubject
 from llmcourse.grading.verdict import judge
@@ -88,12 +88,7 @@ def test_the_bank_s_kernels_compile_for_a_gpu_too(kernel):
 def test_a_verdict_takes_less_than_two_seconds(name):
     exercise = LAB.exercise(name)
     verdict(name, exercise.alternatives[0].fn)
-    seconds = []
-    for seed in range(3):
-        began = time.process_time()
-        verdict(name, exercise.mistakes[-1].fn, seed)
-        seconds.append(time.process_time() - began)
-    assert min(seconds) < 2.0
+    assert least(lambda: verdict(name, exercise.mistakes[-1].fn, 0), within=2) < 2
 
 
 def test_a_backward_pass_left_to_torch_is_rejected_where_lse_knows_more_than_the_keys():
