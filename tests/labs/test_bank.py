@@ -32,15 +32,20 @@ def what_a_notebook_s_first_cells_import() -> None:
 # ── every exercise ───────────────────────────────────────────────────────────────────────────────
 
 
+def slow_among(entries: list[Entry]) -> set[str]:
+    return {entry.name for entry in entries if entry.seconds > LIMIT}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_mistakes_are_rejected_and_named_and_alternatives_accepted(exercise, seed):
     entries = examine(exercise, seed)
     assert faults(entries) == []
-    times = [{e.name: e.seconds for e in entries}]
-    while max(least := {name: min(t[name] for t in times) for name in times[0]}.values()) > LIMIT:
-        assert len(times) < 6, f"a check answers within {LIMIT} s, not in {least}"
-        times.append({e.name: e.seconds for e in examine(exercise, seed)})  # a neighbour may have been busy
+    slow = slow_among(entries)
+    for _ in range(5):  # a neighbour on the same cores may have slowed this one
+        if slow:
+            slow &= slow_among(examine(exercise, seed))
+    assert not slow, f"a check answers within {LIMIT} s"
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)

@@ -359,7 +359,7 @@ class TestVerdicts:
         assert notes[3:] == ["was not run: the submission used up the 2 s that a submission has"] * 2
         error = session.call("double", (1,)).error
         assert (error.kind, error.message) == ("WallLimit", f"the submission {notes[2]}")
-        assert monotonic() - began < 30  # a cell that is not stopped sleeps for 60
+        assert monotonic() - began < 6
 
     def test_a_cell_that_fails_only_when_run_again_is_marked_too(self, start, tmp_path) -> None:
         """A file on the learner's own disk remembers the first run; in a sandbox nothing could."""
@@ -439,7 +439,7 @@ class TestSubjects:
         first = hang.call((1,)).error
         began = monotonic()
         assert hang.call((2,)).error == first
-        assert monotonic() - began < SHORT.call_seconds
+        assert monotonic() - began < 0.5
         assert double(1) == 2
 
     def test_an_object_that_equals_everything_is_refused_by_its_type(self, start) -> None:
@@ -509,7 +509,7 @@ class TestChannel:
         began = monotonic()
         with pytest.raises(ChannelTimeout):
             ours.send("x" * 900_000, began + 0.3)
-        assert monotonic() - began < 20
+        assert monotonic() - began < 2
 
     def test_what_is_too_large_or_not_plain_is_not_sent(self, ends) -> None:
         ours, theirs = ends

@@ -164,14 +164,9 @@ def test_the_command_line_prints_three_lines_and_fails(tmp_path):
 
 def test_importing_the_package_loads_neither_torch_nor_jupyter():
     code = (
-        "import sys, time; t = time.process_time(); import llmcourse, llmcourse.cli, llmcourse.course; "
-        "s = time.process_time() - t; "
+        "import sys, time; t = time.perf_counter(); import llmcourse, llmcourse.cli, llmcourse.course; "
+        "s = time.perf_counter() - t; "
         "heavy = {'torch', 'triton', 'matplotlib', 'IPython', 'numpy'} & set(sys.modules); "
-        "assert not heavy, heavy; print(s)"
+        "assert not heavy, heavy; assert s < 0.5, s"
     )
-
-    def seconds() -> float:
-        run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        return float(run.stdout)
-
-    assert any(seconds() < 0.5 for _ in range(8))  # of CPU; neighbours slow some of them
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -156,7 +156,7 @@ def test_widgets_that_capture_output_do_not_stall(tmp_path: Path) -> None:
     outcome = execute(path, tmp_path / "out", cell_timeout=60)
     assert outcome.ok, outcome.error
     assert len(outcome.cells) == 62
-    assert max(cell.seconds for cell in outcome.cells) < 30  # a stall lasts as long as a cell may
+    assert max(cell.seconds for cell in outcome.cells) < 5
     state = nbformat.read(outcome.executed_path, 4).metadata.widgets
     assert "49" in json.dumps(state)
 

@@ -125,8 +125,8 @@ def test_workers_in_fresh_processes_do_the_same(monkeypatch: pytest.MonkeyPatch)
 def test_a_worker_that_dies_is_named_and_nothing_is_left(how: str, tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"rank 1 of 3") as caught:
-        run_workers(fail, 3, how, tmp_path, timeout=120, echo=False)
-    assert time.monotonic() - began < 60  # it did not wait for the time limit
+        run_workers(fail, 3, how, tmp_path, timeout=30, echo=False)
+    assert time.monotonic() - began < 20  # it did not wait for the time limit
     assert caught.value.rank == 1
     assert caught.value.how == ("raised" if how == "raises" else "died")
     assert "last words" in str(caught.value)
@@ -155,7 +155,7 @@ def test_a_worker_that_hangs_is_named_within_the_time_limit_and_nothing_is_left(
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"had not returned after 3 s") as caught:
         run_workers(fail, 3, how, tmp_path, timeout=LIMIT, echo=False)
-    assert time.monotonic() - began < LIMIT + 40
+    assert time.monotonic() - began < LIMIT + 10
     assert (caught.value.rank, caught.value.how) == (1, "hung")
     text = str(caught.value)
     assert re.search(r"rank 0: test_parallel_launch\.py:\d+ in fail \(in all_reduce\)", text)
