@@ -51,6 +51,7 @@ GPU_SETUPS = {
     "gradients there": Setup(NEARLY_1B, 4, 2048, itemsize=2, masters=True, accumulates=True),
     "bfloat16 alone": Setup(SMOL, 16, 1024, itemsize=2),
     "float32": Setup(NO_GROUPS, 8, 1024),
+    "float32, small batch": Setup(NO_GROUPS, 2, 512),
 }
 CPU_SETUPS = {
     "all kept": Setup(SMALL, 8, 64, device="cpu"),
@@ -59,6 +60,14 @@ CPU_SETUPS = {
     "gradients there": Setup(SMALL, 8, 64, accumulates=True, device="cpu"),
     "large vocabulary": Setup(WIDE, 8, 64, device="cpu"),
 }
+
+
+def that_fit() -> dict[str, Setup]:
+    """The GPU's setups that need less than nine tenths of its free memory; bfloat16 from Ampere on."""
+    free, _ = torch.cuda.mem_get_info()
+    bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+    fits = {name: setup for name, setup in GPU_SETUPS.items() if ledger(setup).peak < 0.9 * free}
+    return {name: setup for name, setup in fits.items() if bfloat16 or setup.itemsize == 4}
 
 
 class _Alive(Births):
