@@ -115,3 +115,14 @@ def test_the_explorable_draws_every_choice():
     assert first[:4] == b"\x89PNG"
     with pytest.raises(UnknownNameError, match="GPT-9"):
         training_ledger.bill("GPT-9", 2048, "float32", 0, False)
+
+
+def test_only_setups_that_fit_the_gpu_and_its_formats_are_offered(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16e9, 16e9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert list(training_memory.that_fit()) == ["float32", "float32, small batch"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4.5e9, 16e9))
+    assert list(training_memory.that_fit()) == ["float32, small batch"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert list(training_memory.that_fit()) == list(GPU_SETUPS)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from llmcourse.bench import pretrain
-from llmcourse.train.pretrain import on_gpu
+from llmcourse.train.pretrain import PLANS, gpu_plan, on_gpu
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,13 @@ def test_a_run_taken_up_again_ends_with_the_same_bits_here(rows):
 def test_a_record_that_is_not_there_is_said_and_nothing_is_invented(capsys):
     assert on_gpu("no such benchmark") is None
     assert "there is no record of 'no such benchmark'" in capsys.readouterr().out
+
+
+def test_a_gpu_without_bfloat16_trains_the_same_model_in_float32_with_a_smaller_batch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu_plan() == PLANS["full"]
+    assert gpu_plan(60).steps == 60
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    plan = gpu_plan(60)
+    assert (plan.precision, plan.steps, plan.batch) == ("float32", 60, PLANS["full"].batch // 4)
+    assert plan.config == PLANS["full"].config
