@@ -6,12 +6,13 @@ build of PyTorch lacks, or that refuses a shape, is left out and its reason kept
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from llmcourse.kernels.launch import ceil_div
 from llmcourse.kernels.matmul_fp8 import quantize as to_fp8
 from llmcourse.kernels.matmul_fp8 import scaled_matmul
 from llmcourse.kernels.quant_int8 import int8_matmul, quantize_rows
@@ -54,6 +55,17 @@ def weights(n: int, k: int, bits: int, group: int | None, device: str = "cuda") 
     scale = (torch.rand(n, groups, device=device) + 0.5).div(2 ** (bits - 1) * k**0.5).bfloat16()
     exact = dequantize(packed, scale, None, bits, group, k, torch.float32, backend="reference")
     return Weights(bits, group, packed, scale, exact)
+
+
+def copies_for(n: int, k: int, bits: int) -> int:
+    """Weights that fill the L2 cache more than twice: a call of each in turn finds none of its own there."""
+    return 1 + ceil_div(2 * torch.cuda.get_device_properties(0).L2_cache_size, n * k * bits // 8)
+
+
+def in_turn(sets: Sequence[Mapping[str, Function]], calls: int = 16) -> dict[str, list[Function]]:
+    """The functions of each name, one of every set after another: at least `calls`, whole rounds."""
+    rounds = ceil_div(calls, len(sets))
+    return {name: [s[name] for s in sets] * rounds for name in sets[0]}
 
 
 def peers(x: Tensor, w: Weights) -> tuple[dict[str, Function], dict[str, str]]:

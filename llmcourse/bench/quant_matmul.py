@@ -2,7 +2,8 @@
 
 Batch 1 to 64 are decoding steps, where the weights' bytes take the time; beyond, multiplying does, and at
 some batch bfloat16 catches up: that *crossover* is a row of its own. Every result is compared with float64
-before it is timed. The weights do not fit into the L2 cache, which is swept before every call all the same.
+before it is timed. Calls on several copies of the weights, larger together than twice the L2 cache, follow
+one another in a CUDA graph, as the layers of a model do: what is reported is the time of one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from typing import Any
 
 import torch
 
-from llmcourse.bench.quant_cases import GROUP, SHAPES, Function, Weights, error_of, ours, peers, weights
+from llmcourse.bench.quant_cases import (
+    GROUP,
+    SHAPES,
+    Function,
+    Weights,
+    copies_for,
+    error_of,
+    in_turn,
+    ours,
+    peers,
+    weights,
+)
 from llmcourse.bench.timing import measure
 from llmcourse.errors import DeviceError
 from llmcourse.kernels.quant_matmul import chosen_for, quant_matmul
@@ -30,12 +42,13 @@ def allowed(name: str) -> float:
     return ALLOWED["int8"] if "int8_matmul" in name or "_int_mm" in name else ALLOWED["exact"]
 
 
-def compare(m: int, n: int, k: int, w: Weights) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each kernel of x [m, k] times these weights, and the peers left out."""
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+def compare(m: int, n: int, k: int, copies: Sequence[Weights]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each kernel of x [m, k] times copies of such weights, and the peers left out."""
+    x, w = torch.randn(m, k, device="cuda", dtype=torch.bfloat16), copies[0]
     found, missing = peers(x, w)
-    functions: dict[str, Function] = {**found, **ours(x, w)}
-    errors = {name: error_of(function(), x, w) for name, function in functions.items()}
+    sets: list[dict[str, Function]] = [{**peers(x, c)[0], **ours(x, c)} for c in copies]
+    functions = in_turn(sets)
+    errors = {name: error_of(calls[0](), x, w) for name, calls in functions.items()}
     for name, error in errors.items():
         if not error <= allowed(name):
             if name in found:  # somebody else's layout misunderstood, or their bug: not ours to time
@@ -103,15 +116,16 @@ def run(device: str) -> tuple[list[dict[str, Any]], list[str]]:
     missing: dict[str, str] = {}
     for n, k in SHAPES:
         for bits, group in FORMATS:
-            w = weights(n, k, bits, group)
+            copies = [weights(n, k, bits, group) for _ in range(copies_for(n, k, bits))]
+            w = copies[0]
             for m in BATCHES:
-                some, left_out = compare(m, n, k, w)
+                some, left_out = compare(m, n, k, copies)
                 rows += some
                 missing |= {f"{name} at {w.name}, batch {m}": why for name, why in left_out.items()}
-            del w
+            del w, copies
             torch.cuda.empty_cache()
     notes = [
-        "bf16 activations, L2 swept before every call, peers take turns, all from CUDA graphs",
+        "bf16 activations, CUDA graphs of calls on copies of the weights (cold L2), peers take turns",
         "gbytes_per_s counts codes and scales (bf16: the weights) once, activations and results once",
         "ratio_to_bf16 is cuBLAS's time over this kernel's; error: ‖out − exact‖ / ‖exact‖ in float64",
         "'rows quantized first': the time of making int8 or fp8 of the activations is in it",

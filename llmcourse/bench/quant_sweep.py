@@ -5,8 +5,9 @@ python -m llmcourse.bench.quant_sweep --out FOLDER [--seconds 230] [--only "INT4
 One group for each format and batch. Its candidates are compiled by a pool of processes on a smaller matrix,
 which fills Triton's cache and sorts out what does not run or is wrong, and timed in turns with bfloat16's
 cuBLAS on two shapes: all of them with K in as many parts as `parts` says, then the best few with other
-numbers of parts, which are no constants and need no compilation. Launches come from CUDA graphs, with a cold
-L2. No group is begun after the time box; results are written after each.
+numbers of parts, which are no constants and need no compilation. Launches come from CUDA graphs of calls on
+several copies of the weights, so that the L2 is cold. No group is begun after the time box; results are
+written after each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcourse.bench.quant_cases import GROUP, SHAPES, Weights, error_of, weights
+from llmcourse.bench.quant_cases import (
+    GROUP,
+    SHAPES,
+    Function,
+    Weights,
+    copies_for,
+    error_of,
+    in_turn,
+    weights,
+)
 from llmcourse.bench.records import new_record
 from llmcourse.bench.timing import measure
 from llmcourse.files import write_whole
@@ -101,14 +111,14 @@ def int8_candidates(g: Group) -> Iterator[Int8Plan]:
 
 
 @cache
-def operands(g: Group, n: int, k: int) -> tuple[Tensor, Weights, tuple[Tensor, ...]]:
-    torch.manual_seed(0)
+def operands(g: Group, n: int, k: int, copy: int = 0) -> tuple[Tensor, Weights, tuple[Tensor, ...]]:
+    torch.manual_seed(copy)
     w, x = weights(n, k, g.bits, g.group), torch.randn(g.m, k, device="cuda", dtype=torch.bfloat16)
     return x, w, ((w.packed ^ 128).view(torch.int8), *quantize_rows(x)) if g.int8 else ()
 
 
-def call(g: Group, plan: Plan, n: int, k: int) -> Callable[[], Tensor]:
-    x, w, integers = operands(g, n, k)
+def call(g: Group, plan: Plan, n: int, k: int, copy: int = 0) -> Callable[[], Tensor]:
+    x, w, integers = operands(g, n, k, copy)
     if isinstance(plan, Int8Plan):
         codes, rows, scale = integers
         return lambda: int8_matmul(rows, codes, scale, w.scale, plan=plan)
@@ -129,11 +139,13 @@ def compile_one(task: tuple[Group, Plan]) -> str:
 
 def time_all(g: Group, n: int, k: int, plans: list[Plan]) -> tuple[float, list[tuple[float, Plan]]]:
     """Seconds of bfloat16's cuBLAS, and of each plan, the fastest first."""
-    x, w, _ = operands(g, n, k)
-    full = w.exact.bfloat16()
-    functions: dict[str, Callable[[], object]] = {"bf16": lambda: torch.matmul(x, full.T)}
-    functions |= {str(i): call(g, plan, n, k) for i, plan in enumerate(plans)}
-    samples = measure(functions, device="cuda", graph=True, warmup=2)
+    count = copies_for(n, k, g.bits)
+    sets: list[dict[str, Function]] = []
+    for copy in range(count):
+        x, w, _ = operands(g, n, k, copy)
+        own = {str(i): call(g, plan, n, k, copy) for i, plan in enumerate(plans)}
+        sets.append({"bf16": partial(torch.matmul, x, w.exact.bfloat16().T), **own})
+    samples = measure(in_turn(sets), device="cuda", graph=True, warmup=1)
     timed = [(samples[str(i)].median, plan) for i, plan in enumerate(plans)]
     return samples["bf16"].median, sorted(timed, key=lambda t: t[0])
 
