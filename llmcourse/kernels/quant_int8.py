@@ -50,10 +50,10 @@ TILES = {  # rows of x at the most: tiles; the last serves all larger numbers
     8: Int8Plan(8, 64, 128, 4, 4),
     16: Int8Plan(16, 64, 128, 4, 4),
     32: Int8Plan(32, 64, 128, 4, 4),
-    64: Int8Plan(64, 64, 128, 4, 4),
-    512: Int8Plan(64, 128, 128, 4, 4),
+    64: Int8Plan(64, 64, 128, 4, 3),
     1 << 30: Int8Plan(128, 128, 128, 8, 3),
 }
+NARROW = Int8Plan(128, 64, 128, 4, 4)  # where wider tiles would be fewer than two for each multiprocessor
 INTERPRETED = Int8Plan(16, 32, 32, 4, 2, splits=2, group_m=2)
 
 
@@ -61,7 +61,9 @@ def pick(m: int, n: int, k: int, multiprocessors: int = 132) -> Int8Plan:
     """Tiles for x [m, k] times weights [n, k]; K in parts where there are few tiles."""
     plan = next(plan for rows, plan in TILES.items() if m <= rows)
     tiles = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n)
-    splits = max(1, min(4 * multiprocessors // tiles, ceil_div(k, plan.block_k) // 4, 8)) if m <= 64 else 1
+    if m > 64 and tiles < 2 * multiprocessors:
+        plan = NARROW
+    splits = max(1, min(round(2 * multiprocessors / tiles), k // plan.block_k // 4, 8)) if m <= 64 else 1
     return Int8Plan(**{**vars(plan), "splits": splits})
 
 
@@ -77,7 +79,8 @@ def quantize_rows(x: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tens
             f"x has shape {tuple(x.shape)}.", "Each row of a matrix gets a scale.", "x.flatten(0, -2)."
         )
     if choose(backend, x) == "reference":
-        scale = x.abs().amax(1, keepdim=True).float().clamp(min=SMALLEST) / LARGEST
+        largest = x.abs().amax(1, keepdim=True).float().clamp(min=SMALLEST)
+        scale = largest / torch.full_like(largest, LARGEST)  # by a number, CUDA would multiply by 1/127
         return (x.float() / scale).round().to(torch.int8), scale
     m, k = x.shape
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)

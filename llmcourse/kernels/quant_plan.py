@@ -5,7 +5,7 @@ Like `matmul_plan.py`: a `Choice` says why. The numbers come from a sweep on an 
 
     rung         for
     reference    CPU tensors: torch unpacks and multiplies
-    gemv         GPUs without tensor cores for tl.dot (sm_75), a few rows
+    gemv         one row of 8-bit codes; GPUs without tensor cores for tl.dot (sm_75), a few rows
     dot          1 to LARGEST rows: unpacked in registers, multiplied by tensor cores
     dequantize   more rows, or groups that are no multiple of 32: unpacked into memory, then torch.matmul
 """
@@ -25,8 +25,10 @@ RUNGS = {
 LARGEST = {4: 64, 8: 64}
 """Rows up to which `dot` is taken, by bits."""
 GEMV_ROWS = 8
-PROGRAMS = 7
-"""Programs of 4 warps for one multiprocessor, each with stages − 1 tiles on their way."""
+PROGRAMS = 3.7
+"""Programs for one multiprocessor, each with stages − 1 tiles on their way: K is cut to make as many."""
+FEWER = {(4, 64): 2.0, (8, 32): 2.4, (8, 64): 2.0}
+"""Where that is better: for many rows the sums of a part weigh as much as what is gained by more parts."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,13 @@ class Choice:
 # time; two warps a program, or fewer than 64 rows of weights, keep Triton on `mma.sync`, which takes four.
 DOT = {
     (4, 8): QuantPlan("dot", 8, 64, 128, 4, 3, substeps=2),
-    (4, 16): QuantPlan("dot", 16, 64, 128, 2, 4),
-    (4, 32): QuantPlan("dot", 32, 128, 128, 4, 4),
-    (4, 64): QuantPlan("dot", 64, 64, 128, 4, 3),
+    (4, 16): QuantPlan("dot", 16, 32, 128, 2, 3, substeps=2),
+    (4, 32): QuantPlan("dot", 32, 64, 128, 2, 3),
+    (4, 64): QuantPlan("dot", 32, 64, 128, 2, 4),
     (8, 8): QuantPlan("dot", 8, 64, 128, 4, 4),
-    (8, 16): QuantPlan("dot", 16, 64, 128, 2, 4),
-    (8, 32): QuantPlan("dot", 32, 64, 128, 4, 4),
-    (8, 64): QuantPlan("dot", 64, 64, 128, 4, 3),
+    (8, 16): QuantPlan("dot", 16, 32, 256, 2, 3),
+    (8, 32): QuantPlan("dot", 32, 64, 128, 4, 3),
+    (8, 64): QuantPlan("dot", 64, 64, 128, 4, 4),
 }
 FULL_PRECISION = QuantPlan("dot", 16, 32, 32, 4, 2)  # float32 activations: no tensor core, wide operands
 GEMV = QuantPlan("gemv", 1, 8, 2048, 4, 1)
@@ -102,9 +104,14 @@ def pick(
     """The plan for x [m, k] times weights [n, k] in groups of `group` codes (k or more: one scale a row)."""
     if 0 in (m, n, k):
         return Choice(QuantPlan("reference"), f"an empty product ({m} × {k} by {k} × {n})")
-    if capability < 80 and m <= GEMV_ROWS and (group >= k or chunk_of(group, k) >= 32):
-        plan = replace(GEMV, block_k=min(GEMV.block_k, power_of_two(k)))
-        return Choice(plan, f"on sm_{capability} tl.dot has no tensor cores")
+    alone = bits == 8 and m == 1 and itemsize == 2
+    if (alone or (capability < 80 and m <= GEMV_ROWS)) and (group >= k or chunk_of(group, k) >= 32):
+        why = (
+            "one row of bytes: a multiplication each is not yet what takes the time"
+            if alone
+            else f"on sm_{capability} tl.dot has no tensor cores"
+        )
+        return Choice(replace(GEMV, block_k=min(GEMV.block_k, power_of_two(k))), why)
     if capability < 80:
         return Choice(QuantPlan("dequantize"), f"{m} rows, and on sm_{capability} tl.dot has no tensor cores")
     if m > LARGEST[bits]:
@@ -115,16 +122,15 @@ def pick(
             QuantPlan("dequantize"),
             f"groups of {group}: a step of the kernel is 32 codes or more of one group",
         )
-    if itemsize == 4:
-        plan = FULL_PRECISION
-    else:
-        plan = DOT[bits, min(rows for b, rows in DOT if b == bits and rows >= m)]
+    rows = min(rows for b, rows in DOT if b == bits and rows >= m)
+    programs = FEWER.get((bits, rows), PROGRAMS)
+    plan = FULL_PRECISION if itemsize == 4 else DOT[bits, rows]
     plan = replace(plan, block_k=min(plan.block_k, step))
-    plan = replace(plan, splits=parts(plan, m, n, k, multiprocessors))
-    programs = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n) * plan.splits
-    if plan.substeps > 1 and programs < 3 * multiprocessors:  # short steps leave more parts to cut
+    plan = replace(plan, splits=parts(plan, m, n, k, multiprocessors, programs))
+    there = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n) * plan.splits
+    if plan.substeps > 1 and there < 3 * multiprocessors:  # short steps leave more parts to cut
         plan = replace(plan, substeps=1)
-        plan = replace(plan, splits=parts(plan, m, n, k, multiprocessors))
+        plan = replace(plan, splits=parts(plan, m, n, k, multiprocessors, programs))
     return Choice(plan, f"{m} rows: the weights' bytes take the time")
 
 
@@ -147,12 +153,12 @@ def chunk_of(group: int, most: int) -> int:
     return min(group & -group, power_of_two(most))
 
 
-def parts(plan: QuantPlan, m: int, n: int, k: int, multiprocessors: int, programs: int = PROGRAMS) -> int:
-    """Parts of K for about `programs`·4 warps a multiprocessor, none shorter than 4 steps.
+def parts(plan: QuantPlan, m: int, n: int, k: int, multiprocessors: int, programs: float = PROGRAMS) -> int:
+    """Parts of K for about `programs` programs a multiprocessor, none shorter than 4 steps.
 
     Each part leaves its sums in float32; all of them together stay below a quarter of the weights' bytes.
     """
     tiles = ceil_div(m, plan.block_m) * ceil_div(n, plan.block_n)
     steps = ceil_div(k, plan.block_k * plan.substeps)
-    wanted = round(programs * 4 / plan.warps * multiprocessors / tiles)
+    wanted = round(programs * multiprocessors / tiles)
     return max(1, min(wanted, steps // 4, max(2, k // (32 * m)), 16))
