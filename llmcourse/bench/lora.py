@@ -62,7 +62,10 @@ def run(device: str) -> tuple[list[Row], list[str]]:
         "learning rate 1e-2 for adapters (3e-3 where all blocks have one), 1e-4 for full fine-tuning.",
     ]
     if device == "cuda":
-        notes.append("peak_bytes: of a training step, by the allocator, everything included.")
+        notes.append(
+            "more_bytes: the allocator's peak in training over what was there before it (the models of all "
+            "runs, the examples); peak_bytes: with the bytes of this run's own frozen weights."
+        )
     return rows, notes
 
 
@@ -117,8 +120,8 @@ def trained(
         "curve": [round(x, 4) for x in curve],
     }
     if on_gpu:
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-        row["more_bytes"] = torch.cuda.max_memory_allocated() - there  # than the model and the examples
+        row["more_bytes"] = torch.cuda.max_memory_allocated() - there  # than the models and the examples
+        row["peak_bytes"] = row["frozen_bytes"] + row["more_bytes"]
     if adapter is not None:
         assert lora is not None
         assert adapter.n_params == trainable(model.config, lora)

@@ -89,10 +89,10 @@ def measure(
     if torch.device(device).type != "cuda":
         return _shared(_on_host(calls, repeats), counts)
     torch.cuda.synchronize()
-    samples = _shared(_on_device(calls, repeats, sweeps, graph=False), counts)
-    wanted = min(s.median for s in samples.values()) < SHORT if graph is None else graph
-    if not wanted:
-        return samples
+    if not graph:
+        samples = _shared(_on_device(calls, repeats, sweeps, graph=False), counts)
+        if graph is False or min(s.median for s in samples.values()) >= SHORT:
+            return samples
     captured = {name: _captured(f) for name, f in calls.items()}
     return _shared(_on_device(captured, repeats, sweeps, graph=True), counts)
 
