@@ -60,7 +60,7 @@ def compare(m: int, n: int, k: int, copies: Sequence[Weights]) -> tuple[list[dic
                 "A product that is wrong must not be timed.",
                 "`pytest tests/gpu/test_quant_matmul_cuda.py`, which finds the smallest shape that fails.",
             )
-    samples = measure(functions, device="cuda", graph=True)
+    samples = measure(functions, device="cuda", graph=True, warmup=1)
     bf16 = samples["bf16 torch.matmul"].median
     rung = chosen_for(x, n, w.bits, w.group or k).rung
     rows = []

@@ -20,8 +20,9 @@ from having read more of the same kind of text. How much of what RTN lost it rec
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -73,6 +74,8 @@ WEIGHTS: tuple[tuple[str, Scheme], ...] = (
     ("QAT", INT4),
     ("QAT", INT3),
 )
+SHARES = (("RTN", "QAT"), ("GPTQ",), ("AWQ",), ("AWQ + GPTQ",), ("activations",), ("blocks",))
+"""What each of several processes does where there is a GPU, which mostly waits for a host that launches."""
 
 
 def run(device: str) -> tuple[list[Row], list[str]]:
@@ -82,20 +85,48 @@ def run(device: str) -> tuple[list[Row], list[str]]:
 
 def table(device: str, sizes: Sizes) -> tuple[list[Row], list[str]]:
     """The rows for these sizes."""
-    bench = Bench(device, sizes)
-    rows = list(bench.weight_rows(WEIGHTS))
-    rows += bench.activation_rows()
-    rows.append(bench.block_row(INT4))
+    if device == "cuda":
+        with multiprocessing.get_context("spawn").Pool(len(SHARES)) as pool:
+            made = pool.starmap(share_of, [(device, sizes, share) for share in SHARES], chunksize=1)
+    else:
+        made = [share_of(device, sizes, tuple(name for share in SHARES for name in share))]
+    found = {(row["kind"], row["name"]): row for rows, _ in made for row in rows}
+    order = [("weights", row_name(method, str(scheme))) for method, scheme in WEIGHTS]
+    rows = [found[key] for key in (("weights", "bf16"), *order)]
+    rows += [row for key, row in found.items() if key[0] != "weights"]
+    base, rtn = rows[0]["perplexity"], {r["scheme"]: r["perplexity"] for r in rows if r["method"] == "RTN"}
+    for row in rows:
+        if row["kind"] == "weights" and row["method"] not in ("bf16", "RTN"):
+            lost = rtn[row["scheme"]]
+            row["recovered"] = (lost - row["perplexity"]) / (lost - base)
+    measured, read = made[0][1]
     notes = [
-        f"perplexity of {bench.text.numel()} tokens of 4 plays in pieces of 512; calibration: "
-        f"{bench.read.numel()} tokens of 4 others; products in bfloat16.",
+        f"perplexity of {measured} tokens of 4 plays in pieces of 512; calibration: "
+        f"{read} tokens of 4 others; products in bfloat16.",
         "nbytes: the whole model; embedding (also the head) and norms in bfloat16. bits: of a quantized "
         "weight, with its scales (bfloat16) and zeros (8 bits).",
         f"QAT: {sizes.steps} steps of {sizes.batch} × {sizes.length} tokens towards the predictions of the "
         "model as it is. recovered: the share of RTN's loss of perplexity, in the same scheme, undone.",
         "The model's file holds 4 bits a weight in groups of 32; what is lost here is lost on top of that.",
     ]
+    if device == "cuda":
+        notes.append(f"seconds: of {len(SHARES)} processes that share the GPU.")
     return rows, notes
+
+
+def share_of(device: str, sizes: Sizes, share: tuple[str, ...]) -> tuple[list[Row], tuple[int, int]]:
+    """The rows of the methods in `share`, and tokens measured and read."""
+    bench = Bench(device, sizes)
+    rows = list(bench.weight_rows([(m, s) for m, s in WEIGHTS if m in share], base="RTN" in share))
+    if "activations" in share:
+        rows += bench.activation_rows()
+    if "blocks" in share:
+        rows.append(bench.block_row(INT4))
+    return rows, (bench.text.numel(), bench.read.numel())
+
+
+def row_name(method: str, scheme: str) -> str:
+    return f"{method} {scheme}" if scheme != method else method
 
 
 class Bench:
@@ -109,7 +140,6 @@ class Bench:
         self.training = training_text(tokenizer, sizes.plays)
         self.inputs: Mapping[str, Inputs] = calibrate(self.model, self.read, rows=4)
         self.base = self.perplexity(self.model)
-        self.rtn: dict[str, float] = {}
 
     def perplexity(self, model: Transformer) -> float:
         """In bfloat16, four pieces at a time."""
@@ -119,23 +149,20 @@ class Bench:
         ]
         return float(torch.stack(logs).mean().exp())  # every part has as many tokens
 
-    def weight_rows(self, wanted: tuple[tuple[str, Scheme], ...]) -> Iterator[Row]:
-        yield self.row("bf16", "bf16", self.base, bits=16.0, nbytes=2 * _parameters(self.model), seconds=0.0)
+    def weight_rows(self, wanted: Sequence[tuple[str, Scheme]], *, base: bool) -> Iterator[Row]:
+        nbytes = 2 * _parameters(self.model)
+        if base:
+            yield self.row("bf16", "bf16", self.base, bits=16.0, nbytes=nbytes, seconds=0.0)
         for method, scheme in wanted:
             began = time.perf_counter()
             made, codes, more = self.quantized(method, scheme)
             seconds = time.perf_counter() - began
             found = self.perplexity(baked(made, codes))
-            name = str(scheme)
-            if method == "RTN":
-                self.rtn[name] = found
-            else:
-                more["recovered"] = (self.rtn[name] - found) / (self.rtn[name] - self.base)
             weights = sum(q.shape[0] * q.shape[1] for q in codes.values())
             stored = sum(q.nbytes for q in codes.values())
             nbytes = 2 * (_parameters(self.model) - weights) + stored
             more |= {"bits": 8 * stored / weights, "nbytes": nbytes, "seconds": seconds}
-            yield self.row(method, name, found, width=scheme.bits, group=scheme.group, **more)
+            yield self.row(method, str(scheme), found, width=scheme.bits, group=scheme.group, **more)
 
     def quantized(self, method: str, scheme: Scheme) -> tuple[Transformer, dict[str, Quantized], Row]:
         """The model with what the method changed besides, its codes, and what else is worth a note."""
@@ -187,7 +214,7 @@ class Bench:
     def row(self, method: str, scheme: str, found: float, *, kind: str = "weights", **more: Any) -> Row:
         return {
             "kind": kind,
-            "name": f"{method} {scheme}" if scheme != method else method,
+            "name": row_name(method, scheme),
             "method": method,
             "scheme": scheme,
             "perplexity": found,
