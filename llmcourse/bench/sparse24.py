@@ -9,8 +9,9 @@ cutlass       the same by CUTLASS's kernels, where PyTorch has them
 select, expand    `kernels.sparse24`
 
 Every result is compared with float64 first; who is wrong is not timed. Times by `bench.timing`: CUDA graphs
-on all sides where a call takes under 50 µs, L2 swept, peers in turns. GB/s are the bytes that this peer must
-move; of_copy is their share of a large copy's bandwidth in the same run.
+on all sides where a call takes under 50 µs, peers in turns. Calls go to several layers one after another, as
+in a model, packed larger together than twice the L2 cache. GB/s are the bytes that this peer must move;
+of_copy is their share of a large copy's bandwidth in the same run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcourse.bench.quant_cases import in_turn
 from llmcourse.bench.timing import measure
+from llmcourse.kernels.launch import ceil_div
 from llmcourse.kernels.sparse24 import Sparse24, SparsePlan, mask24, minimum_bytes, pack24, sparse24_linear
 from llmcourse.kernels.sparse24_plan import candidates
 
@@ -39,7 +43,8 @@ DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (512, 2048, 8192)
 GOOD_ENOUGH = 0.01
 NOTES = [
     "bfloat16, random weights pruned 2:4 by magnitude; error is ‖y − exact‖ / ‖exact‖ against float64",
-    "us: median; L2 swept before every call; CUDA graphs for all peers of a case, or for none",
+    "us: median of a call, which found nothing of its layer in the L2 cache; CUDA graphs for all peers of a "
+    "case, or for none",
     "bytes: those that this peer must move; times_dense: dense time over this time, above 1 is faster",
 ]
 
@@ -79,26 +84,40 @@ def error_of(y: Tensor, x: Tensor, w: Tensor) -> float:
     return float((y[:64, some].double() - exact).norm() / exact.norm())
 
 
-def case_rows(
-    m: int,
-    w: Tensor,
-    packed: Sparse24,
-    others: dict[str, Callable[[Tensor], Tensor]],
-    ceiling: float,
-    plans: Plans,
-) -> list[Row]:
-    """A row for each peer at M rows of x."""
+@dataclass(frozen=True)
+class Layer:
+    """A weight [N, K], packed by this package, and as the libraries take it."""
+
+    w: Tensor
+    packed: Sparse24
+    others: dict[str, Callable[[Tensor], Tensor]]
+
+    @classmethod
+    def of(cls, n: int, k: int) -> Layer:
+        w, packed = weights(n, k, "cuda")
+        return cls(w, packed, libraries(w))
+
+    def products(self, x: Tensor, plan: SparsePlan | None) -> dict[str, Callable[[], Tensor]]:
+        """Everybody's way to x times this weight."""
+        found: dict[str, Callable[[], Tensor]] = {
+            "cublas": partial(torch.nn.functional.linear, x, self.w),
+            **{name: partial(f, x) for name, f in self.others.items()},
+        }
+        if x.shape[0] <= 64:
+            found["ours"] = partial(sparse24_linear, x, self.packed, plan=plan)
+        return found
+
+
+def case_rows(m: int, layers: Sequence[Layer], ceiling: float, plans: Plans) -> list[Row]:
+    """A row for each peer at M rows of x, which go through the layers in turn."""
+    w = layers[0].w
     (n, k), x = w.shape, torch.randn(m, w.shape[1], device=w.device, dtype=w.dtype)
-    everybody: dict[str, Callable[[], Tensor]] = {"cublas": lambda: torch.nn.functional.linear(x, w)}
-    everybody |= {name: partial(f, x) for name, f in others.items()}
-    if m <= 64:
-        plan = plans.get((m, n, k))
-        everybody["ours"] = lambda: sparse24_linear(x, packed, plan=plan)
+    everybody = in_turn([layer.products(x, plans.get((m, n, k))) for layer in layers], 8)
     dense_bytes = (n * k + m * (n + k)) * x.itemsize
     kept, rows = {}, []
-    for name, function in everybody.items():
+    for name, calls in everybody.items():
         try:
-            error = error_of(function(), x, w)
+            error = error_of(calls[0](), x, w)
             torch.cuda.synchronize()
         except Exception as e:
             rows.append(
@@ -106,7 +125,7 @@ def case_rows(
             )
             continue
         if error < GOOD_ENOUGH:
-            kept[name] = function, error
+            kept[name] = calls, error
         else:
             rows.append({"n": n, "k": k, "m": m, "who": name, "unavailable": f"off by {error:.3g}"})
     samples = _measured({name: f for name, (f, _) in kept.items()}, rows, (m, n, k))
@@ -136,7 +155,9 @@ def case_rows(
     return rows
 
 
-def _measured(functions: dict[str, Callable[[], Tensor]], rows: list[Row], case: tuple[int, int, int]) -> Any:
+def _measured(
+    functions: Mapping[str, Sequence[Callable[[], Tensor]]], rows: list[Row], case: tuple[int, int, int]
+) -> Any:
     """Samples by name; a library whose call cannot be captured is left out, and said to be."""
     m, n, k = case
     try:
@@ -221,12 +242,13 @@ def rows_of(plans: Plans, seconds: float = math.inf) -> list[Row]:
     started, ceiling = time.monotonic(), copy_bandwidth("cuda")
     rows: list[Row] = [{"who": "ceiling: copy", "gb_per_s": ceiling / 1e9}]
     for n, k in SHAPES:
-        w, packed = weights(n, k, "cuda")
-        others = libraries(w)
+        first = Layer.of(n, k)
+        fill = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+        layers = [first, *(Layer.of(n, k) for _ in range(ceil_div(fill, first.packed.nbytes)))]
         for m in (*DECODE, *PREFILL):
             if time.monotonic() - started > seconds:
                 return rows
-            found = case_rows(m, w, packed, others, ceiling, plans)
+            found = case_rows(m, layers, ceiling, plans)
             rows += found
             said = ", ".join(f"{r['who']} {r['us']:.1f}" if "us" in r else f"{r['who']} –" for r in found)
             print(f"{time.monotonic() - started:4.0f} s  {m} × {n} × {k}: {said} µs", flush=True)
