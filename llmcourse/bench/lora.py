@@ -107,7 +107,7 @@ def trained(
     )
     seconds = time.perf_counter() - began
     after = task.test(model, test)
-    row = {
+    row: Row = {
         "kind": "run",
         "name": name,
         "trained": adapter.n_params if adapter else sum(p.numel() for p in model.parameters()),
@@ -120,8 +120,8 @@ def trained(
         "curve": [round(x, 4) for x in curve],
     }
     if on_gpu:
-        row["more_bytes"] = torch.cuda.max_memory_allocated() - there  # than the models and the examples
-        row["peak_bytes"] = row["frozen_bytes"] + row["more_bytes"]
+        more = torch.cuda.max_memory_allocated() - there  # than the models and the examples
+        row |= {"more_bytes": more, "peak_bytes": row["frozen_bytes"] + more}
     if adapter is not None:
         assert lora is not None
         assert adapter.n_params == trainable(model.config, lora)
