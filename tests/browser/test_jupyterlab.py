@@ -13,8 +13,13 @@ from playwright.sync_api import Locator, Page
 
 from llmcourse.errors import MissingPackageError
 
+# A picture that is replaced while it is decoded fails to decode: the next try meets the new one.
 PICTURE = """async image => {
-    await image.decode();
+    for (let tries = 1; ; tries++) {
+        try { await image.decode(); break; }
+        catch (error) { if (tries == 50) throw error; }
+        await new Promise(resolve => setTimeout(resolve, 100));
+    }
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
     canvas.getContext("2d").drawImage(image, 0, 0);
